@@ -1,0 +1,89 @@
+"""The definition of every op: plain PyTorch, any device, any dtype, differentiable.
+
+Other backends are tested against these functions; when they disagree, these are right.
+Rows are sorted by expert: the first counts_E[0] rows belong to expert 0, and so on. Rows past
+sum(counts_E) belong to nobody, are never read, and come out as zeros.
+
+Shapes: R rows, E experts, I input width, O output width, T tokens, K experts a token, D hidden, F inner width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["activate", "grouped_mm", "grouped_mm_transposed", "grouped_outer", "moe_decode"]
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """Apply silu, gelu (erf), gelu_tanh or relu elementwise; same shape and dtype."""
+    if activation == "silu":
+        return F.silu(x)
+    if activation == "relu":
+        return F.relu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def grouped_mm(rows_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """y_r = W_e(r) · x_r for each row r of expert e(r). Returns (R, O) in the rows' dtype."""
+    out = rows_RI.new_zeros(rows_RI.shape[0], weight_EOI.shape[1])
+    for expert, start, stop in _groups(counts_E):
+        out[start:stop] = rows_RI[start:stop] @ weight_EOI[expert].T
+    return out
+
+
+def grouped_mm_transposed(rows_RO: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """x_r = W_e(r)ᵀ · y_r: the gradient of `grouped_mm` with respect to its rows. Returns (R, I)."""
+    out = rows_RO.new_zeros(rows_RO.shape[0], weight_EOI.shape[2])
+    for expert, start, stop in _groups(counts_E):
+        out[start:stop] = rows_RO[start:stop] @ weight_EOI[expert]
+    return out
+
+
+def grouped_outer(rows_RO: Tensor, rows_RI: Tensor, counts_E: Tensor) -> Tensor:
+    """Σ_r y_r ⊗ x_r over the rows of each expert: the gradient of `grouped_mm` with respect to the weight.
+
+    Returns (E, O, I); an expert without rows gets exact zeros.
+    """
+    out = rows_RO.new_zeros(counts_E.shape[0], rows_RO.shape[1], rows_RI.shape[1])
+    for expert, start, stop in _groups(counts_E):
+        out[expert] = rows_RO[start:stop].T @ rows_RI[start:stop]
+    return out
+
+
+def moe_decode(
+    x_TD: Tensor,
+    expert_ids_TK: Tensor,
+    weights_TK: Tensor,
+    in_proj_EGD: Tensor,
+    down_proj_EDF: Tensor,
+    activation: str,
+) -> Tensor:
+    """The whole of dispatch, experts and combine for few tokens, without sorting: (T, D) → (T, D).
+
+    `in_proj_EGD` holds gate and up one after the other (G = 2F, SwiGLU) or up alone (G = F); the
+    selected experts' outputs are summed in fp32 with `weights_TK` (fp32) and returned in x's dtype.
+    """
+    gated = in_proj_EGD.shape[1] == 2 * down_proj_EDF.shape[2]
+    out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+    for token, ids in enumerate(expert_ids_TK.tolist()):
+        for slot, expert in enumerate(ids):
+            hidden_G = in_proj_EGD[expert] @ x_TD[token]
+            if gated:
+                gate_F, up_F = hidden_G.chunk(2)
+                hidden_F = activate(gate_F, activation) * up_F
+            else:
+                hidden_F = activate(hidden_G, activation)
+            out_TD[token] += weights_TK[token, slot].float() * (down_proj_EDF[expert] @ hidden_F).float()
+    return out_TD.to(x_TD.dtype)
+
+
+def _groups(counts_E: Tensor) -> list[tuple[int, int, int]]:
+    """(expert, first row, one past its last row) for the experts that have rows."""
+    groups, start = [], 0
+    for expert, count in enumerate(counts_E.tolist()):
+        if count:
+            groups.append((expert, start, start + count))
+        start += count
+    return groups

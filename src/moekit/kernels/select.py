@@ -1,0 +1,1 @@
+"""Which backend runs each op, decided in one place and told on request."""

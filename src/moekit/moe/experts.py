@@ -1,0 +1,145 @@
+"""The second seam: `experts(rows_RD, counts_E) -> rows_RD`, rows sorted by expert.
+
+Kinds of this one call: full precision here; quantised, adapted and offloaded ones wrap or replace it.
+Parameters are fused over experts in the layout of Hugging Face: (expert, out, in).
+Shapes: R rows, D hidden, F inner width, G = 2F (gated: gate rows, then up rows) or F, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moekit import kernels
+from moekit.config import MoEConfig
+from moekit.moe.types import Routing
+from moekit.registry import Registry
+
+__all__ = ["EXPERTS", "GroupedMLP", "GroupedSwiGLU", "SharedExperts"]
+
+EXPERTS: Registry[type["GroupedMLP"]] = Registry("expert kind")
+
+
+@EXPERTS.register("mlp")
+class GroupedMLP(nn.Module):
+    """E two-matrix MLPs: down · act(up · x), with optional biases.
+
+    Parameters: up_proj (E, F, D), down_proj (E, D, F), up_bias (E, F) and down_bias (E, D) with `bias`.
+    Computes in the autocast dtype when autocast is on, else in the parameters' dtype.
+    """
+
+    in_name = "up"
+    width_factor = 1
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
+        self._shape = (experts, hidden, inner)
+        self.register_parameter(f"{self.in_name}_proj", nn.Parameter(torch.empty(experts, self.width_factor * inner, hidden)))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
+        bias_in = nn.Parameter(torch.empty(experts, self.width_factor * inner)) if config.bias else None
+        self.register_parameter(f"{self.in_name}_bias", bias_in)
+        self.down_bias = nn.Parameter(torch.empty(experts, hidden)) if config.bias else None
+        self.reset_parameters()
+
+    @property
+    def in_proj(self) -> Tensor:
+        """(E, G, D): the matrices that read the hidden state."""
+        weight: Tensor = getattr(self, f"{self.in_name}_proj")
+        return weight
+
+    @property
+    def in_bias(self) -> Tensor | None:
+        """(E, G), or None."""
+        bias: Tensor | None = getattr(self, f"{self.in_name}_bias")
+        return bias
+
+    def reset_parameters(self) -> None:
+        """Matrices from N(0, 1/fan_in), biases zero."""
+        for weight in (self.in_proj, self.down_proj):
+            nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+        for bias in (self.in_bias, self.down_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
+        """Run every expert on its rows. Returns (R, D) in the compute dtype; gradients reach rows and weights."""
+        dtype = self._compute_dtype(rows_RD)
+        hidden_RG = kernels.grouped_mm(rows_RD.to(dtype), self.in_proj.to(dtype), counts_E)
+        if self.in_bias is not None:
+            hidden_RG = hidden_RG + self.in_bias.to(dtype).repeat_interleave(counts_E, dim=0)
+        out_RD = kernels.grouped_mm(self._act(hidden_RG), self.down_proj.to(dtype), counts_E)
+        if self.down_bias is not None:
+            out_RD = out_RD + self.down_bias.to(dtype).repeat_interleave(counts_E, dim=0)
+        return out_RD
+
+    def decode(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """The same result for few tokens without sorting them: (T, D) in x's dtype, no gradient."""
+        dtype = self._compute_dtype(x_TD)
+        y_TD = kernels.moe_decode(
+            x_TD.to(dtype),
+            routing.expert_ids_TK,
+            routing.weights_TK,
+            self.in_proj.to(dtype),
+            self.down_proj.to(dtype),
+            self.activation,
+        )
+        return y_TD.to(x_TD.dtype)
+
+    def can_decode(self, x_TD: Tensor, routing: Routing) -> bool:
+        """Whether `decode` may stand in for dispatch, experts and combine for this input."""
+        return (
+            x_TD.shape[0] <= kernels.MOE_DECODE_MAX_TOKENS
+            and routing.top_k is not None
+            and self.in_bias is None
+            and not torch.is_grad_enabled()
+            and self._compute_dtype(x_TD) == self.down_proj.dtype
+        )
+
+    def _act(self, hidden_RG: Tensor) -> Tensor:
+        return kernels.activate(hidden_RG, self.activation)
+
+    def _compute_dtype(self, x: Tensor) -> torch.dtype:
+        device = x.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.down_proj.dtype
+
+    def extra_repr(self) -> str:
+        experts, hidden, inner = self._shape
+        return f"num_experts={experts}, hidden_size={hidden}, intermediate_size={inner}, activation={self.activation}"
+
+
+@EXPERTS.register("swiglu")
+class GroupedSwiGLU(GroupedMLP):
+    """E gated MLPs: down · (act(gate · x) ⊙ (up · x)) (2002.05202 eq 6 for act = SiLU).
+
+    Parameters: gate_up_proj (E, 2F, D), gate rows before up rows, and down_proj (E, D, F).
+    """
+
+    in_name = "gate_up"
+    width_factor = 2
+
+    def _act(self, hidden_RG: Tensor) -> Tensor:
+        gate_RF, up_RF = hidden_RG.chunk(2, dim=-1)
+        return kernels.activate(gate_RF, self.activation) * up_RF
+
+
+class SharedExperts(nn.Module):
+    """Experts that see every token: one gated MLP as wide as all of them, times sigmoid(w·x) if gated.
+
+    A sum of N independent gated MLPs equals one whose inner width is N times theirs (DeepSeek-MoE,
+    2401.06066 eq 4–5), so it is stored and computed as one.
+    """
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.gate_proj = nn.Linear(config.hidden_size, config.shared_width, bias=config.bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.shared_width, bias=config.bias)
+        self.down_proj = nn.Linear(config.shared_width, config.hidden_size, bias=config.bias)
+        self.gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_gate else None
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, D) → (T, D)."""
+        y_TD: Tensor = self.down_proj(kernels.activate(self.gate_proj(x_TD), self.activation) * self.up_proj(x_TD))
+        return y_TD if self.gate is None else y_TD * self.gate(x_TD).sigmoid()
