@@ -144,7 +144,9 @@ class MoEConfig:
             "top_k 1 with renormalised weights makes every weight 1, so the router never learns; "
             "set gate_order softmax_topk and norm_topk_prob False",
         )
-        _check(self.routed_scaling_factor > 0, f"routed_scaling_factor must be above 0, not {self.routed_scaling_factor}")
+        _check(
+            self.routed_scaling_factor > 0, f"routed_scaling_factor must be above 0, not {self.routed_scaling_factor}"
+        )
         _check(self.router_init_scale >= 0, f"router_init_scale must be at least 0, not {self.router_init_scale}")
         _check(self.num_shared_experts >= 0, f"num_shared_experts must be at least 0, not {self.num_shared_experts}")
         if self.shared_intermediate_size is not None:
@@ -238,7 +240,9 @@ class UpcycleConfig:
     def __post_init__(self) -> None:
         _choice(self, "method", ("copy", "noise", "split"))
         _positive(self, "num_experts", "top_k", "splits")
-        _check(self.top_k <= self.num_experts, f"top_k must be at most num_experts ({self.num_experts}), not {self.top_k}")
+        _check(
+            self.top_k <= self.num_experts, f"top_k must be at most num_experts ({self.num_experts}), not {self.top_k}"
+        )
         _check(self.noise >= 0, f"noise must be at least 0, not {self.noise}")
         _check(self.router_init_scale >= 0, f"router_init_scale must be at least 0, not {self.router_init_scale}")
         if self.method == "split":

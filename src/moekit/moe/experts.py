@@ -17,7 +17,7 @@ from moekit.registry import Registry
 
 __all__ = ["EXPERTS", "GroupedMLP", "GroupedSwiGLU", "SharedExperts"]
 
-EXPERTS: Registry[type["GroupedMLP"]] = Registry("expert kind")
+EXPERTS: Registry[type[GroupedMLP]] = Registry("expert kind")
 
 
 @EXPERTS.register("mlp")
@@ -36,7 +36,9 @@ class GroupedMLP(nn.Module):
         self.activation = config.activation
         experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
         self._shape = (experts, hidden, inner)
-        self.register_parameter(f"{self.in_name}_proj", nn.Parameter(torch.empty(experts, self.width_factor * inner, hidden)))
+        self.register_parameter(
+            f"{self.in_name}_proj", nn.Parameter(torch.empty(experts, self.width_factor * inner, hidden))
+        )
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
         bias_in = nn.Parameter(torch.empty(experts, self.width_factor * inner)) if config.bias else None
         self.register_parameter(f"{self.in_name}_bias", bias_in)

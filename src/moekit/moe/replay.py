@@ -7,8 +7,8 @@ router's gradient is exact. A record is bound by a `with` statement, to one thre
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor
 
@@ -28,7 +28,7 @@ class RoutingRecord:
     def __init__(self) -> None:
         self.choices: list[Tensor] = []
 
-    def contexts(self) -> tuple[object, object]:
+    def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """(recording, replaying): pass the bound method as `context_fn` of torch.utils.checkpoint."""
         return self.recording(), self.replaying()
 
@@ -47,13 +47,13 @@ class RoutingRecord:
             yield
 
 
-def replayed(choose: object, logits_TE: Tensor) -> Tensor:
+def replayed(choose: Callable[[Tensor], Tensor], logits_TE: Tensor) -> Tensor:
     """The expert ids for these logits: the recorded ones while replaying, else `choose(logits_TE)`."""
     queue = getattr(_local, "queue", None)
     if queue is not None:
         ids: Tensor = next(queue)
         return ids
-    ids = choose(logits_TE)  # type: ignore[operator]
+    ids = choose(logits_TE)
     keep = getattr(_local, "keep", None)
     if keep is not None:
         keep(ids)
@@ -61,7 +61,7 @@ def replayed(choose: object, logits_TE: Tensor) -> Tensor:
 
 
 @contextmanager
-def _bound(keep: object, queue: object) -> Iterator[None]:
+def _bound(keep: Callable[[Tensor], None] | None, queue: Iterator[Tensor] | None) -> Iterator[None]:
     before = (getattr(_local, "keep", None), getattr(_local, "queue", None))
     _local.keep, _local.queue = keep, queue
     try:

@@ -1,0 +1,187 @@
+"""`Decoder`: one decoder-only model for every family; what differs is data in its `ModelConfig`.
+
+It knows tensors, not text: tokens come in as ids, logits go out.
+Shapes: B batch, L length, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from moekit.config import ModelConfig
+from moekit.errors import ConfigError, ContextLengthError
+from moekit.models.attention import Attention, AttentionInput, attention_mask
+from moekit.models.blocks import DenseMLP, RMSNorm, rotary_angles
+from moekit.models.cache import KVCache
+from moekit.moe import MoE, Routing, RoutingRecord
+
+__all__ = ["Block", "Decoder", "DecoderOutput", "Features"]
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Hidden states (B, L, D) after the last norm, and one routing an MoE layer, in layer order."""
+
+    hidden_BLD: Tensor
+    routings: tuple[Routing, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderOutput:
+    """Logits (B, L, V), and one routing an MoE layer, in layer order."""
+
+    logits: Tensor
+    routings: tuple[Routing, ...]
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), where the mlp is dense or an MoE."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        moe = config.moe if config.is_moe_layer(layer) else None
+        self.mlp = MoE(moe) if moe else DenseMLP(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, x_BLD: Tensor, inputs: AttentionInput, recompute_moe: bool = False
+    ) -> tuple[Tensor, Routing | None]:
+        """Returns the new hidden states and, for an MoE block, its routing."""
+        x_BLD = x_BLD + self.attn(self.attn_norm(x_BLD), inputs)
+        h_BLD = self.mlp_norm(x_BLD)
+        if not isinstance(self.mlp, MoE):
+            return x_BLD + self.mlp(h_BLD), None
+        if recompute_moe:
+            y_BLD, routing = recomputed(self.mlp, h_BLD, inputs.mask_BL)
+        else:
+            y_BLD, routing = self.mlp(h_BLD, inputs.mask_BL)
+        return x_BLD + y_BLD, routing
+
+
+def recomputed(module: nn.Module, *args: object) -> tuple[Tensor, Routing | None]:
+    """Run `module`, keep none of its activations, and compute them again in backward along the recorded routes."""
+    result: tuple[Tensor, Routing | None] = checkpoint(
+        module, *args, use_reentrant=False, context_fn=RoutingRecord().contexts
+    )
+    return result
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, norm and head.
+
+    >>> config = ModelConfig(arch="llama", vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+    ...     num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=32)
+    >>> Decoder(config)(torch.zeros(1, 5, dtype=torch.long)).logits.shape
+    torch.Size([1, 5, 50])
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        tied = config.tie_word_embeddings
+        self.head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.apply(_initialise)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        cache: KVCache | None = None,
+        document_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        last_only: bool = False,
+    ) -> DecoderOutput:
+        """Logits for every position, or for the last alone (then L = 1 in the result). See `features`."""
+        features = self.features(input_ids, cache=cache, document_ids=document_ids, mask=mask)
+        hidden_BLD = features.hidden_BLD[:, -1:] if last_only else features.hidden_BLD
+        return DecoderOutput(self.logits(hidden_BLD), features.routings)
+
+    def features(
+        self,
+        input_ids: Tensor,
+        *,
+        cache: KVCache | None = None,
+        document_ids: Tensor | None = None,
+        mask: Tensor | None = None,
+        checkpointing: Literal["none", "moe", "block"] = "none",
+    ) -> Features:
+        """Everything but the head.
+
+        Args:
+            input_ids: int64 (B, L).
+            cache: the past; these tokens are appended to it.
+            document_ids: int (B, L), non-decreasing along a row: attention stays inside a document and
+                positions restart with each. Not together with a cache.
+            mask: bool (B, L), True for real tokens. Not together with a cache.
+            checkpointing: what to recompute in backward instead of keeping.
+        Raises:
+            ContextLengthError: past and new tokens exceed the model's max_position_embeddings.
+            ConfigError: an empty input, or a cache together with document_ids or mask.
+        """
+        inputs = self._inputs(input_ids, cache, document_ids, mask)
+        x_BLD = self.embed(input_ids)
+        routings = []
+        for block in self.layers:
+            if checkpointing == "block" and torch.is_grad_enabled():
+                x_BLD, routing = recomputed(block, x_BLD, inputs)
+            else:
+                x_BLD, routing = block(x_BLD, inputs, checkpointing == "moe" and torch.is_grad_enabled())
+            if routing is not None:
+                routings.append(routing)
+        if cache is not None:
+            cache.advance(input_ids.shape[1])
+        return Features(self.norm(x_BLD), tuple(routings))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head: (..., D) → (..., V)."""
+        return F.linear(hidden, self.head_weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D): the head's matrix, which is the embedding's when they are tied."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def _inputs(
+        self, input_ids: Tensor, cache: KVCache | None, document_ids: Tensor | None, mask: Tensor | None
+    ) -> AttentionInput:
+        past, length = (cache.length if cache else 0), input_ids.shape[1]
+        if input_ids.numel() == 0:
+            raise ConfigError("input_ids is empty: give at least one token")
+        if past + length > self.config.max_position_embeddings:
+            raise ContextLengthError(
+                f"{past + length} tokens do not fit the model's context of {self.config.max_position_embeddings}"
+            )
+        if cache is not None and (document_ids is not None or mask is not None):
+            raise ConfigError("a cache cannot be combined with document_ids or mask")
+        cos, sin = rotary_angles(_positions(input_ids, past, document_ids), self.config)
+        allowed = attention_mask(length, past, document_ids, mask)
+        return AttentionInput(cos, sin, allowed, mask, cache)
+
+
+def _positions(input_ids: Tensor, past: int, document_ids: Tensor | None) -> Tensor:
+    """(B or 1, L) positions; each document of a row starts again at 0."""
+    positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)[None]
+    if document_ids is None:
+        return positions
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return positions - torch.where(starts, positions, 0).cummax(dim=1).values
+
+
+def _initialise(module: nn.Module) -> None:
+    """N(0, 0.02) for the matrices of embeddings and linears; MoE layers initialise themselves."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
