@@ -21,7 +21,7 @@ _HOME = {
     "losses": "moekit.moe",
 }
 
-__all__ = sorted(_HOME)
+__all__ = ["Model", "MoE", "MoEConfig", "Routing", "errors", "kernels", "load", "losses"]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What the stages hand to one another: `Routing` (router → dispatcher, losses, monitors) and `Plan` (dispatch → combine).
+"""What the stages hand over: `Routing` (router → dispatcher, losses, monitors) and `Plan` (dispatch → combine).
 
 Shapes: T tokens, E experts, K experts a token, A assignments, R rows.
 """
