@@ -1,0 +1,134 @@
+"""Files that are there whole or not at all: written under a temporary name beside the final one, synced, renamed.
+
+Whatever goes wrong on the way (a full disk, an exception, Ctrl-C) leaves nothing under the final name and no
+temporary file. It knows nothing of what is written; every `OSError` becomes a `FileError` of one line.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moekit.errors import FileError, MoekitError
+
+__all__ = ["file_errors", "replacing", "replacing_folder", "write_atomic"]
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+@contextmanager
+def file_errors(path: str | os.PathLike[str], doing: str = "write") -> Iterator[None]:
+    """Turn an `OSError` of the block into `FileError`: "cannot <doing> <path>: <reason>".
+
+    >>> with file_errors("gone.txt", "read"):
+    ...     open("gone.txt")
+    Traceback (most recent call last):
+    ...
+    moekit.errors.FileError: cannot read gone.txt: No such file or directory
+    """
+    try:
+        yield
+    except MoekitError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno in _FULL:
+            reason = "the disk is full (or its quota is used up); free some space and try again"
+        raise FileError(f"cannot {doing} {os.fspath(path)}: {reason}") from error
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Write `data` (text as UTF-8) to `path` so that a reader sees the old file or the new one, never a part.
+
+    Raises:
+        FileError: it could not be written; what was there before is untouched.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a name beside `path` to write a file under; at the end it takes `path`'s place. Missing folders are made.
+
+    Raises:
+        FileError: anything could not be written; what was there before is untouched.
+    """
+    final = Path(path)
+    temporary = _beside(final)
+    _make_folder(final.parent)
+    with file_errors(final):
+        try:
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, final)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync(final.parent)
+
+
+@contextmanager
+def replacing_folder(path: str | os.PathLike[str], last: str = "") -> Iterator[Path]:
+    """Yield an empty folder beside `path` to write files in; at the end it becomes `path`.
+
+    A new folder appears in one rename. In a folder that exists, each file written replaces its namesake in one
+    rename, the one named `last` after all others; files of other names stay.
+
+    Raises:
+        FileError: anything could not be written; nothing is left under a name that was not there before.
+    """
+    final = Path(path)
+    temporary = _beside(final)
+    _make_folder(final.parent)
+    with file_errors(final):
+        temporary.mkdir()
+        try:
+            yield temporary
+            _sync_tree(temporary)
+            if final.exists():
+                _move_files(temporary, final, last)
+            else:
+                os.rename(temporary, final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        _sync(final.parent)
+
+
+def _make_folder(folder: Path) -> None:
+    with file_errors(folder, "make the folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _beside(final: Path) -> Path:
+    # The absolute path has a name even when the given one is "." or ends in "..".
+    final = Path(os.path.abspath(final))
+    return final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _move_files(source: Path, target: Path, last: str) -> None:
+    files = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
+    for name in sorted(files, key=lambda name: str(name) == last):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source / name, target / name)
+    _sync(target)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the file's bytes, or the folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
