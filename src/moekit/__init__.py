@@ -21,7 +21,7 @@ _HOME = {
     "losses": "moekit.moe",
 }
 
-__all__ = ["Model", "MoE", "MoEConfig", "Routing", "errors", "kernels", "load", "losses"]  # noqa: F822
+__all__ = ["MoE", "MoEConfig", "Model", "Routing", "errors", "kernels", "load", "losses"]
 
 
 def __getattr__(name: str) -> Any:

@@ -54,7 +54,7 @@ class LocalDispatcher:
         wide = torch.promote_types(rows_RD.dtype, torch.float32)
         weighted_AD = rows_RD[back_A].to(wide) * routing.weights_A.to(wide).unsqueeze(-1)
         if routing.top_k is not None:
-            y_TD = weighted_AD.view(routing.num_tokens, routing.top_k, -1).sum(dim=1)
+            y_TD = weighted_AD.view(routing.num_tokens, routing.top_k, rows_RD.shape[-1]).sum(dim=1)
         else:
             y_TD = weighted_AD.new_zeros(routing.num_tokens, rows_RD.shape[-1])
             y_TD = y_TD.index_add(0, routing.token_ids_A, weighted_AD)

@@ -1,0 +1,71 @@
+"""The layer as the papers write it: a Python loop over tokens and experts. What the tests compare with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moekit.moe import MoE
+
+ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+
+
+def plain_weights(logits_E: Tensor, layer: MoE) -> dict[int, Tensor]:
+    """Expert → weight for one token, by the definitions; ties to the lower expert number."""
+    config = layer.config
+    chosen = sorted(range(len(logits_E)), key=lambda e: (-logits_E[e].item(), e))[: config.top_k]
+    if config.gate_order == "topk_softmax":
+        total = sum(logits_E[e].exp() for e in chosen)
+        weights = {e: logits_E[e].exp() / total for e in chosen}
+    else:
+        total = sum(logit.exp() for logit in logits_E)
+        weights = {e: logits_E[e].exp() / total for e in chosen}
+        if config.norm_topk_prob:
+            kept = sum(weights.values())
+            weights = {e: w / kept for e, w in weights.items()}
+    return {e: w * config.routed_scaling_factor for e, w in weights.items()}
+
+
+def plain_expert(layer: MoE, expert: int, x_D: Tensor) -> Tensor:
+    """One expert on one token, from the parameters as documented."""
+    experts, act = layer.experts, ACTIVATIONS[layer.config.activation]
+    inner = layer.config.intermediate_size
+    hidden = experts.in_proj[expert] @ x_D
+    if experts.in_bias is not None:
+        hidden = hidden + experts.in_bias[expert]
+    hidden = act(hidden[:inner]) * hidden[inner:] if layer.config.expert == "swiglu" else act(hidden)
+    out = experts.down_proj[expert] @ hidden
+    return out if experts.down_bias is None else out + experts.down_bias[expert]
+
+
+def plain_moe(layer: MoE, x_TD: Tensor) -> Tensor:
+    """y = Σ G(x)_i E_i(x), token by token, plus the shared experts."""
+    rows = []
+    for x_D in x_TD:
+        y_D = torch.zeros_like(x_D)
+        for expert, weight in plain_weights(layer.router.weight @ x_D, layer).items():
+            y_D = y_D + weight * plain_expert(layer, expert, x_D)
+        if layer.shared is not None:
+            y_D = y_D + plain_shared(layer, x_D)
+        rows.append(y_D)
+    return torch.stack(rows) if rows else x_TD.clone()
+
+
+def plain_shared(layer: MoE, x_D: Tensor) -> Tensor:
+    """The shared experts one by one: slices of the stored MLP, each a gated MLP of its own."""
+    shared, act = layer.shared, ACTIVATIONS[layer.config.activation]
+    width = layer.config.shared_width // layer.config.num_shared_experts
+    y_D = torch.zeros_like(x_D)
+    for first in range(0, layer.config.shared_width, width):
+        part = slice(first, first + width)
+        gate, up = shared.gate_proj.weight[part] @ x_D, shared.up_proj.weight[part] @ x_D
+        y_D = y_D + shared.down_proj.weight[:, part] @ (act(gate) * up)
+    return y_D if shared.gate is None else y_D * torch.sigmoid(shared.gate.weight[0] @ x_D)
+
+
+def gradients(module: nn.Module, y: Tensor, x: Tensor, seed: Tensor) -> dict[str, Tensor]:
+    """Gradients of ⟨y, seed⟩ with respect to x and every parameter, by name."""
+    named = dict(module.named_parameters())
+    values = torch.autograd.grad((y * seed).sum(), [x, *named.values()], allow_unused=True)
+    return dict(zip(["x", *named], values, strict=True))
