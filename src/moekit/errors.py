@@ -8,6 +8,7 @@
     │   └── UnsafeFileError             a pickle, or a path that leaves its folder
     ├── DataError (ValueError)          the corpus has nothing to learn from
     ├── ContextLengthError (ValueError) more tokens than the model's context holds
+    ├── DivergenceError (ArithmeticError) training produced nan or infinity; the message names the step and a remedy
     ├── BackendError (RuntimeError)     a forced kernel backend is missing or does not have the op
     ├── UnsupportedError                a thing moekit does not do; the message says what does
     └── MissingExtraError (ImportError) an optional dependency is absent; the message is the pip command
@@ -22,6 +23,7 @@ __all__ = [
     "ConfigError",
     "ContextLengthError",
     "DataError",
+    "DivergenceError",
     "FileError",
     "FormatError",
     "MissingExtraError",
@@ -62,6 +64,10 @@ class DataError(MoekitError, ValueError):
 
 class ContextLengthError(MoekitError, ValueError):
     """A prompt or a row of tokens is longer than the model's context."""
+
+
+class DivergenceError(MoekitError, ArithmeticError):
+    """A loss or a gradient became nan or infinite."""
 
 
 class BackendError(MoekitError, RuntimeError):

@@ -1,0 +1,108 @@
+"""Perplexity: exp of the mean negative log-likelihood of held-out tokens, and how their routing was spread.
+
+Shapes: B rows, L tokens a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from moekit.models.decoder import Decoder
+from moekit.train.data import Rows, TextTokenizer, find_files, tokenise
+from moekit.train.loss import chunked_cross_entropy
+from moekit.train.monitor import RoutingMonitor
+
+__all__ = ["Evaluation", "compute_context", "perplexity", "perplexity_of_files"]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What `perplexity` measured.
+
+    Attributes:
+        perplexity: exp(nll).
+        nll: mean over all predicted tokens (not over batches) of −log p, in nats.
+        tokens: how many tokens were predicted.
+        routing: the counts of every MoE layer.
+    """
+
+    perplexity: float
+    nll: float
+    tokens: int
+    routing: RoutingMonitor
+
+
+def perplexity(
+    decoder: Decoder,
+    rows: Rows,
+    *,
+    autocast: Literal["bfloat16", "none"] = "none",
+    batch_size: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measure the decoder on every row once, in order; the same call gives the same bits.
+
+    Every token of a document but its first is predicted once, from what precedes it in its row.
+
+    Args:
+        autocast: compute dtype over the decoder's own weights.
+        progress: called with (rows done, rows in all) after each batch.
+    """
+    monitor = monitor_of(decoder)
+    total, tokens, done = 0.0, 0, 0
+    training = decoder.training
+    decoder.eval()
+    with torch.inference_mode(), compute_context(decoder, autocast):
+        for batch in rows.in_order(batch_size):
+            features = decoder.features(batch.input_ids_BL, document_ids=batch.document_ids_BL)
+            monitor.update(features.routings)
+            total += chunked_cross_entropy(
+                features.hidden_BLD.flatten(0, 1),
+                decoder.head_weight,
+                batch.labels_BL.flatten(),
+                denominator=1,
+                dtype=torch.bfloat16 if autocast == "bfloat16" else None,
+            ).item()
+            tokens += batch.num_labels
+            done += len(batch.input_ids_BL)
+            if progress is not None:
+                progress(done, len(rows))
+    decoder.train(training)
+    nll = total / max(tokens, 1)
+    return Evaluation(math.exp(min(nll, 700.0)), nll, tokens, monitor)
+
+
+def perplexity_of_files(
+    decoder: Decoder,
+    tokenizer: TextTokenizer,
+    files: Sequence[str],
+    cache: Path,
+    *,
+    text_field: str = "text",
+    sequence_length: int = 256,
+    autocast: Literal["bfloat16", "none"] = "none",
+    batch_size: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """`perplexity` of files, folders or globs, tokenised in `cache`. Raises what `train.data.prepare` raises."""
+    rows = Rows(tokenise(find_files(files), tokenizer, cache, text_field), sequence_length)
+    return perplexity(decoder, rows, autocast=autocast, batch_size=batch_size, progress=progress)
+
+
+def compute_context(decoder: Decoder, autocast: Literal["bfloat16", "none"]) -> AbstractContextManager[object]:
+    """Autocast to bfloat16 on the decoder's device, or autocast off."""
+    device = decoder.embed.weight.device.type
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=autocast == "bfloat16")
+
+
+def monitor_of(decoder: Decoder) -> RoutingMonitor:
+    """An empty monitor for the decoder's MoE layers."""
+    config = decoder.config
+    return RoutingMonitor(config.moe_layers, config.moe.num_experts if config.moe else 1)

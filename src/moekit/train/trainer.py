@@ -1,0 +1,273 @@
+"""The training loop: micro-batches in, optimizer steps out, checkpoints and a line of metrics on the way.
+
+It knows token rows and a decoder; not text, terminals or model files. What it shows goes through `on_step`.
+Everything that decides the numbers (weights, moments, RNG, step) is in a checkpoint, so that a run that was
+killed and went on gives the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from moekit.config import TrainConfig
+from moekit.errors import ConfigError, DivergenceError
+from moekit.models.decoder import Decoder
+from moekit.moe import losses
+from moekit.train.data import Batch, TrainingData
+from moekit.train.evaluate import Evaluation, compute_context, monitor_of, perplexity
+from moekit.train.loss import chunked_cross_entropy
+from moekit.train.metrics import MetricsLog, StepMetrics
+from moekit.train.monitor import RoutingMonitor
+from moekit.train.optim import lr_at, make_optimizer, set_lr
+from moekit.train.state import RunIdentity, load_newest, restore, save_checkpoint
+
+__all__ = ["StepMetrics", "TrainResult", "Trainer"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainResult:
+    """How a run ended: its last step's metrics (None if nothing was left to do), the last evaluation of the
+    held-out text (None without any), and the routing counts of all steps.
+    """
+
+    steps: int
+    last: StepMetrics | None
+    evaluation: Evaluation | None
+    routing: RoutingMonitor
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """Sums over a step's micro-batches, each part already weighted."""
+
+    lm: float = 0.0
+    balance: float = 0.0
+    z: float = 0.0
+
+    def __add__(self, other: _Losses) -> _Losses:
+        return _Losses(self.lm + other.lm, self.balance + other.balance, self.z + other.z)
+
+
+class Trainer:
+    """Trains `decoder` in place; goes on by itself from the newest checkpoint in `run_dir`.
+
+    Args:
+        decoder: its weights become float32 masters. Parameters that require no gradient stay as they are.
+        data: rows to learn from, and held-out rows to measure.
+        config: see `TrainConfig`.
+        run_dir: gets `metrics.jsonl` and `checkpoints/`.
+        on_step: called after each step with its metrics.
+    Raises:
+        ConfigError: the checkpoint in `run_dir` belongs to another configuration, model or corpus.
+        FormatError: there are checkpoints, none of them whole.
+        MissingExtraError: TensorBoard was asked for and is not installed.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        data: TrainingData,
+        config: TrainConfig,
+        run_dir: str | Path,
+        *,
+        on_step: Callable[[StepMetrics], None] | None = None,
+    ) -> None:
+        self.decoder, self.data, self.config = decoder.float(), data, config
+        self.run_dir = Path(run_dir)
+        self.on_step = on_step
+        self.is_moe = bool(decoder.config.moe_layers)
+        self.balance_coef = self._balance_coef()
+        self.monitor = monitor_of(decoder)
+        self.optimizer = make_optimizer(decoder, config)
+        self.identity = RunIdentity(config, decoder.config, _identify(data))
+        self.step = self._resume()
+        self.evaluation: Evaluation | None = None
+        self._saved = self.step
+        self._stopping = False
+
+    def run(self) -> TrainResult:
+        """Train to `config.steps`, evaluate, and leave a checkpoint of the last step.
+
+        Raises:
+            DivergenceError: loss or gradient became nan or infinite; earlier checkpoints are intact.
+            KeyboardInterrupt: Ctrl-C; the step was finished and a checkpoint written. A second one stops at once.
+            FileError: a checkpoint or the metrics could not be written.
+        """
+        started, metrics = time.perf_counter(), None
+        self.decoder.train()
+        with MetricsLog(self.run_dir, self.step, self.config.tensorboard) as metrics_log, self._ctrl_c():
+            while self.step < self.config.steps:
+                metrics = self._optimizer_step()
+                if self._due(self.config.eval_every):
+                    metrics = self._with_evaluation(metrics)
+                if self._due(self.config.log_every):
+                    metrics_log.write(metrics)
+                if self._due(self.config.save_every) or self._stopping:
+                    self._save()
+                if self.on_step is not None:
+                    self.on_step(metrics)
+                if self._stopping:
+                    raise KeyboardInterrupt
+        if self.evaluation is None:
+            self._evaluate()
+        return TrainResult(self.step, metrics, self.evaluation, self.monitor, time.perf_counter() - started)
+
+    def _optimizer_step(self) -> StepMetrics:
+        started, config = time.perf_counter(), self.config
+        batches = [
+            self.data.train.batch(self.step * config.accumulate + part, config.batch_size)
+            for part in range(config.accumulate)
+        ]
+        labels = sum(batch.num_labels for batch in batches)
+        monitor, parts = monitor_of(self.decoder), _Losses()
+        self.optimizer.zero_grad(set_to_none=True)
+        for batch in batches:
+            parts += self._micro_batch(batch, labels, monitor)
+        step = self.step + 1
+        loss = parts.lm + self.balance_coef * parts.balance + config.z_coef * parts.z
+        grad_norm = self._clip()
+        self._check_finite(step, loss, grad_norm)
+        lr = lr_at(step, config)
+        set_lr(self.optimizer, lr)
+        self.optimizer.step()
+        self.step = step
+        self.monitor.add(monitor.counts_ME)
+        tokens = sum(batch.input_ids_BL.numel() for batch in batches)
+        return StepMetrics(
+            step=step,
+            loss=loss,
+            lm_loss=parts.lm,
+            balance_loss=parts.balance if self.is_moe else None,
+            z_loss=parts.z if self.is_moe else None,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens=tokens * step,
+            tokens_per_s=tokens / (time.perf_counter() - started),
+            experts_used=monitor.experts_used if self.is_moe else 0,
+            max_vio=monitor.max_vio,
+        )
+
+    def _micro_batch(self, batch: Batch, labels: int, monitor: RoutingMonitor) -> _Losses:
+        """Forward and backward of one micro-batch, which counts by its share of the step's labels."""
+        share = batch.num_labels / max(labels, 1)
+        with compute_context(self.decoder, self.config.autocast):
+            features = self.decoder.features(
+                batch.input_ids_BL, document_ids=batch.document_ids_BL, checkpointing=self.config.checkpointing
+            )
+            loss = lm = chunked_cross_entropy(
+                features.hidden_BLD.flatten(0, 1),
+                self.decoder.head_weight,
+                batch.labels_BL.flatten(),
+                denominator=labels,
+                dtype=torch.bfloat16 if self.config.autocast == "bfloat16" else None,
+            )
+        balance = z = torch.zeros(())
+        if self.is_moe:
+            balance, z = losses.load_balancing(features.routings), losses.z_loss(features.routings)
+            loss = loss + share * (self.balance_coef * balance + self.config.z_coef * z)
+            monitor.update(features.routings)
+        loss.backward()
+        return _Losses(lm.item(), share * balance.item(), share * z.item())
+
+    def _clip(self) -> float:
+        """Scale the gradients to at most clip_norm together; returns the norm they had."""
+        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if 0 < self.config.clip_norm < norm:
+            torch._foreach_mul_(grads, self.config.clip_norm / norm)
+        return norm.item()
+
+    def _check_finite(self, step: int, loss: float, grad_norm: float) -> None:
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {grad_norm}"
+            raise DivergenceError(
+                f"training diverged at step {step}: {what}; lower train.lr (now {self.config.lr:g}), raise "
+                f"train.warmup-steps or set train.autocast none, and go on from the checkpoint of step {self._saved}"
+            )
+
+    def _evaluate(self) -> None:
+        if self.data.valid is not None:
+            self.evaluation = perplexity(
+                self.decoder, self.data.valid, autocast=self.config.autocast, batch_size=self.config.batch_size
+            )
+
+    def _with_evaluation(self, metrics: StepMetrics) -> StepMetrics:
+        self._evaluate()
+        if self.evaluation is None:
+            return metrics
+        seen = self.evaluation
+        return dataclasses.replace(metrics, valid_loss=seen.nll, valid_perplexity=seen.perplexity)
+
+    def _due(self, every: int) -> bool:
+        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
+
+    def _save(self) -> None:
+        counts_ME = self.monitor.counts_ME
+        save_checkpoint(
+            self.run_dir, self.step, self.identity, self.decoder, self.optimizer, routing_counts_ME=counts_ME
+        )
+        self._saved = self.step
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint, if any. Returns its step, else 0."""
+        checkpoint = load_newest(self.run_dir)
+        if checkpoint is not None:
+            self.identity.check(checkpoint.identity, checkpoint.path)
+            if checkpoint.step > self.config.steps:
+                raise ConfigError(
+                    f"train.steps is {self.config.steps} but {checkpoint.step} are done in {self.run_dir}"
+                )
+            restore(checkpoint, self.decoder, self.optimizer)
+            self.monitor.add(checkpoint.optimizer["routing_counts"])
+        else:
+            torch.manual_seed(self.config.seed)
+        return checkpoint.step if checkpoint else 0
+
+    @contextmanager
+    def _ctrl_c(self) -> Iterator[None]:
+        """Let the first Ctrl-C only ask for a stop after the step, where signals can be caught at all."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.getsignal(signal.SIGINT)
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            self._stopping = True
+            signal.signal(signal.SIGINT, before)
+
+        signal.signal(signal.SIGINT, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _balance_coef(self) -> float:
+        """The configured coefficient, or the model's own; says so when it cannot do what it is there for."""
+        given = self.config.balance_coef
+        coef = self.decoder.config.router_aux_loss_coef if given is None else given
+        if self.is_moe and coef == 0:
+            log.warning("balance_coef is 0: nothing keeps the experts in balance; 0.01 is usual")
+        if not self.is_moe and (given or self.config.z_coef):
+            log.warning("balance_coef and z_coef have no effect: the model has no MoE layer")
+        return coef if self.is_moe else 0.0
+
+
+def _identify(data: TrainingData) -> dict[str, Any]:
+    rows = data.train
+    return {"fingerprint": rows.fingerprint, "sequence_length": rows.sequence_length, "seed": rows.seed}
