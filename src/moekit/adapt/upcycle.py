@@ -3,9 +3,10 @@
 What is kept exactly, and why. The gate's weights sum to 1 (topk_softmax), so
 - `copy`: every expert is the dense MLP f, and Σ w_i f(x) = f(x), whatever the router says;
 - `split`: f is cut along its inner width into S slices, f = f_1 + … + f_S, which is exact because the gate
-  and up rows of an inner unit belong to it alone. E/S groups hold all S slices each, and the S router rows of
-  a group are equal, so top-K takes whole groups (ties go to the lower number, and a group's are adjacent). A group of weight w gives each slice w/S, so the
-  down-projections are multiplied by S: Σ_groups w/S · S · Σ_s f_s(x) = f(x);
+  and up rows of an inner unit belong to it alone. E/S groups hold all S slices each; the S router rows of a
+  group are equal, so top-K takes whole groups (ties go to the lower number, and a group's are adjacent).
+  A group of weight w gives each slice w/S, so the down-projections are multiplied by S:
+  Σ_groups w/S · S · Σ_s f_s(x) = f(x);
 - `noise`: copies that differ from the start; close to the dense model, not equal.
 All hold up to rounding. Active FLOPs: `split` with K = S costs what the dense MLP costs, plus the router.
 """
