@@ -1,0 +1,124 @@
+"""What a model costs, from its configuration alone: parameters, work and memory. Pure functions, no torch.
+
+Formulas count matrices; a multiply and an add are two FLOPs (2001.08361 section 2.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moekit.config import ModelConfig, MoEConfig
+
+__all__ = [
+    "BITS_PER_WEIGHT",
+    "ParameterCount",
+    "flops_per_token",
+    "kv_cache_bytes",
+    "parameters",
+    "weight_bytes",
+]
+
+BITS_PER_WEIGHT = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.5, "int4": 4.5}
+"""Bits a weight takes; int8 and int4 carry one 16-bit scale for every 32 weights."""
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """How many parameters a model has, and how many of them work on one token.
+
+    Attributes:
+        parts: total by part: embedding, attention, mlp (dense layers), router, experts, shared, norms, head.
+        active_parts: the same for one token; only `experts` differs, by top_k / num_experts.
+    """
+
+    parts: Mapping[str, int]
+    active_parts: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def active(self) -> int:
+        """Parameters a token meets, the embedding and the head counted whole, as the published figures do."""
+        return sum(self.active_parts.values())
+
+
+def parameters(config: ModelConfig) -> ParameterCount:
+    """Count the parameters of a model; router and shared experts once, a tied head not at all.
+
+    >>> config = ModelConfig(arch="mixtral", vocab_size=32_000, hidden_size=4096, intermediate_size=14_336,
+    ...     num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+    ...     max_position_embeddings=32_768,
+    ...     moe=MoEConfig(hidden_size=4096, intermediate_size=14_336, num_experts=8, top_k=2))
+    >>> f"{parameters(config).total:,} of which {parameters(config).active:,} work on a token"
+    '46,702,792,704 of which 12,879,925,248 work on a token'
+    """
+    layers, moe_layers, moe = config.num_hidden_layers, len(config.moe_layers), config.moe
+    embedding = config.vocab_size * config.hidden_size
+    parts = {
+        "embedding": embedding,
+        "attention": layers * _attention(config),
+        "mlp": (layers - moe_layers) * 3 * config.hidden_size * config.intermediate_size,
+        "router": moe_layers * moe.num_experts * moe.hidden_size if moe else 0,
+        "experts": moe_layers * moe.num_experts * _expert(moe) if moe else 0,
+        "shared": moe_layers * _shared(moe) if moe else 0,
+        "norms": _norms(config),
+        "head": 0 if config.tie_word_embeddings else embedding,
+    }
+    active_experts = moe_layers * moe.top_k * _expert(moe) if moe else 0
+    return ParameterCount(parts, {**parts, "experts": active_experts})
+
+
+def flops_per_token(config: ModelConfig, context: int = 0) -> int:
+    """FLOPs of one token's forward pass: 2 a matrix weight it meets, and attention over `context` earlier positions.
+
+    Training costs three times this (2001.08361 table 1); looking an embedding up costs nothing.
+    """
+    active = parameters(config).active_parts
+    head = config.vocab_size * config.hidden_size
+    matrices = sum(active[part] for part in ("attention", "mlp", "router", "experts", "shared")) + head
+    scores_and_sums = 4 * context * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    return 2 * matrices + scores_and_sums
+
+
+def weight_bytes(config: ModelConfig) -> dict[str, int]:
+    """Bytes of all weights in each format of `BITS_PER_WEIGHT`."""
+    total = parameters(config).total
+    return {name: round(total * bits / 8) for name, bits in BITS_PER_WEIGHT.items()}
+
+
+def kv_cache_bytes(config: ModelConfig, tokens: int, bytes_per_value: int = 2) -> int:
+    """Bytes of the keys and values of `tokens` positions in every layer."""
+    values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return tokens * values * bytes_per_value
+
+
+def _attention(config: ModelConfig) -> int:
+    """One layer's four projections, with their biases if they have any."""
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    bias = queries + 2 * keys + config.hidden_size if config.attention_bias else 0
+    return config.hidden_size * (2 * queries + 2 * keys) + bias
+
+
+def _expert(moe: MoEConfig) -> int:
+    """One routed expert: (gate and) up and down."""
+    inputs = 2 if moe.expert == "swiglu" else 1
+    bias = inputs * moe.intermediate_size + moe.hidden_size if moe.bias else 0
+    return (inputs + 1) * moe.hidden_size * moe.intermediate_size + bias
+
+
+def _shared(moe: MoEConfig) -> int:
+    """All shared experts of one layer, which are gated MLPs, and their gate."""
+    if not moe.num_shared_experts:
+        return 0
+    bias = 2 * moe.shared_width + moe.hidden_size if moe.bias else 0
+    return 3 * moe.hidden_size * moe.shared_width + bias + (moe.hidden_size if moe.shared_gate else 0)
+
+
+def _norms(config: ModelConfig) -> int:
+    """Two norms a layer and the last one; with qk_norm two more of one head's width."""
+    heads = 2 * config.head_dim if config.qk_norm else 0
+    return config.num_hidden_layers * (2 * config.hidden_size + heads) + config.hidden_size
