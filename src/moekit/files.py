@@ -7,16 +7,18 @@ temporary file. It knows nothing of what is written; every `OSError` becomes a `
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from moekit.errors import FileError, MoekitError
+from moekit.errors import FileError, FormatError, MoekitError
 
-__all__ = ["file_errors", "replacing", "replacing_folder", "write_atomic"]
+__all__ = ["file_errors", "parse_json", "read_json", "replacing", "replacing_folder", "write_atomic"]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -40,6 +42,38 @@ def file_errors(path: str | os.PathLike[str], doing: str = "write") -> Iterator[
         if error.errno in _FULL:
             reason = "the disk is full (or its quota is used up); free some space and try again"
         raise FileError(f"cannot {doing} {os.fspath(path)}: {reason}") from error
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in the file at `path`.
+
+    Raises:
+        FileError: the file is missing or cannot be read.
+        FormatError: it holds no JSON object.
+    """
+    with file_errors(path, "read"):
+        data = Path(path).read_bytes()
+    return parse_json(data, os.fspath(path))
+
+
+def parse_json(data: bytes, source: str) -> dict[str, Any]:
+    """The JSON object in `data`, which came from `source`; a name that occurs twice is refused."""
+    try:
+        value = json.loads(data, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{source} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{source} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in value if names.count(name) > 1)
+        raise ValueError(f"the name {twice!r} occurs twice")
+    return value
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:

@@ -1,0 +1,548 @@
+"""`ARCHS`: each family of models is one row of data, used to read it and to write it.
+
+A row says how its `config.json` maps to a `ModelConfig`, and what our parameters are called on disk, in
+Hugging Face's layout and (where it has one) in GGUF. Our fused expert tensors are cut into `Piece`s, one a
+tensor on disk. It knows names and numbers, no tensors: torch is never imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moekit.config import ModelConfig, MoEConfig
+from moekit.errors import ConfigError, FileError, FormatError, UnsupportedError
+from moekit.files import read_json, write_atomic
+from moekit.models.gguf_file import GGUFFile
+from moekit.registry import Registry
+
+__all__ = ["ARCHS", "Arch", "Layout", "Piece", "config_to_hf", "gguf_config", "read_config", "write_config"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor on disk, and the part of one of our parameters that it holds.
+
+    Attributes:
+        name: on disk.
+        index: what to index our parameter with; () is all of it.
+        where: for messages, "expert 3 of layer 0" or "".
+        rotary_heads: when not 0, the rows come interleaved for this many heads (GGUF's llama).
+    """
+
+    name: str
+    index: tuple[int | slice, ...] = ()
+    where: str = ""
+    rotary_heads: int = 0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Our parameter names to those of a file format.
+
+    Attributes:
+        outer: parameters outside the layers.
+        prefix: what stands before a layer's parameters; {i} is its number.
+        inner: parameters of a layer.
+        experts: fused parameters to the per-expert tensors stacked in them, in order; {e} is the expert.
+        fused: the same parameters' names where a file holds them fused.
+        interleaved: parameters whose rows are stored interleaved for rotary positions.
+    """
+
+    outer: Mapping[str, str]
+    prefix: str
+    inner: Mapping[str, str]
+    experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fused: Mapping[str, str] = field(default_factory=dict)
+    interleaved: Mapping[str, str] = field(default_factory=dict)
+
+    def pieces(self, name: str, config: ModelConfig, *, fused: bool = False) -> Iterator[Piece]:
+        """What our parameter `name` is made of on disk; with `fused`, experts in one tensor.
+
+        Raises:
+            UnsupportedError: this format has no name for it.
+        """
+        if name in self.outer:
+            yield Piece(self.outer[name])
+            return
+        layer, inner = _split(name)
+        prefix = self.prefix.format(i=layer)
+        if inner in self.experts and config.moe is not None and not fused:
+            yield from self._experts(prefix, layer, inner, config.moe)
+        elif inner in (names := self.fused if fused else self.inner):
+            heads = getattr(config, self.interleaved[inner]) if inner in self.interleaved else 0
+            yield Piece(prefix + names[inner], rotary_heads=heads)
+        else:
+            raise UnsupportedError(f"parameter {name!r} has no place in this file format")
+
+    def fused_name(self, name: str) -> str | None:
+        """What a fused expert parameter is called on disk, or None when `name` is not one."""
+        layer, inner = _split(name)
+        return self.prefix.format(i=layer) + self.fused[inner] if inner in self.fused else None
+
+    def _experts(self, prefix: str, layer: str, inner: str, moe: MoEConfig) -> Iterator[Piece]:
+        parts, width = self.experts[inner], moe.intermediate_size
+        for expert in range(moe.num_experts):
+            for number, part in enumerate(parts):
+                rows = () if len(parts) == 1 else (slice(number * width, (number + 1) * width),)
+                yield Piece(prefix + part.format(e=expert), (expert, *rows), f"expert {expert} of layer {layer}")
+
+
+def _split(name: str) -> tuple[str, str]:
+    parts = name.split(".", 2)
+    return (parts[1], parts[2]) if parts[0] == "layers" and len(parts) == 3 else ("", name)
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A family: how its configuration and its tensors are read and written.
+
+    Attributes:
+        model_type: in config.json.
+        architecture: the transformers class that loads it.
+        defaults: values of keys that config.json may leave out.
+        read: config.json's keys to the fields of `ModelConfig` that are the family's own.
+        write: those fields back to config.json's keys.
+        hf: names in safetensors files.
+        gguf: names in GGUF files, or None.
+    """
+
+    model_type: str
+    architecture: str
+    defaults: Mapping[str, Any]
+    read: Callable[[Keys], dict[str, Any]]
+    write: Callable[[ModelConfig], dict[str, Any]]
+    hf: Layout
+    gguf: Layout | None = None
+
+
+class Keys:
+    """A configuration file's keys, typed: what is missing or of the wrong kind is named with the file."""
+
+    def __init__(self, values: Mapping[str, Any], source: str, defaults: Mapping[str, Any] | None = None) -> None:
+        self.values, self.source, self.defaults = values, source, defaults or {}
+
+    def has(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def optional(self, key: str) -> Any:
+        """The value as it stands, or its default, or None."""
+        return self.values[key] if key in self.values else self.defaults.get(key)
+
+    def whole(self, key: str, otherwise: int | None = None) -> int:
+        return self._typed(key, int, "a whole number", otherwise)
+
+    def real(self, key: str, otherwise: float | None = None) -> float:
+        return float(self._typed(key, (int, float), "a number", otherwise))
+
+    def flag(self, key: str) -> bool:
+        return bool(self._typed(key, bool, "true or false", False))
+
+    def token(self, key: str) -> int | None:
+        tokens = self.tokens(key)
+        return tokens[0] if tokens else None
+
+    def tokens(self, key: str) -> tuple[int, ...]:
+        """Token ids given as one number, a list, or null."""
+        value = self.optional(key)
+        found = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in found):
+            raise FormatError(f"{self.source}: {key} must be a token id or a list of them, not {value!r}")
+        return tuple(found)
+
+    def _typed(self, key: str, kind: type | tuple[type, ...], words: str, otherwise: Any) -> Any:
+        value = self.optional(key)
+        value = otherwise if value is None else value
+        if value is None:
+            raise FormatError(f"{self.source}: the key {key!r} is missing")
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise FormatError(f"{self.source}: {key} must be {words}, not {value!r}")
+        return value
+
+
+def read_config(path: str | os.PathLike[str]) -> ModelConfig:
+    """The configuration of the model at `path`: a folder with config.json, that file itself, or a .gguf file.
+
+    Raises:
+        FileError: there is no such file.
+        FormatError: a key is missing or has a value of the wrong kind.
+        UnknownNameError: a family that `ARCHS` does not hold.
+        UnsupportedError: the model has something that the decoder would compute wrongly.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        return gguf_config(GGUFFile(path))
+    if path.is_dir() and not (path / "config.json").exists():
+        raise FileError(f"{path} has no config.json: give a folder in Hugging Face layout, or a .gguf file")
+    file = path / "config.json" if path.is_dir() else path
+    return _hf_config(read_json(file), str(file))
+
+
+def write_config(config: ModelConfig, folder: str | os.PathLike[str], dtype: str = "float32") -> None:
+    """Write `folder`/config.json so that transformers loads it, naming `dtype` as the weights' own.
+
+    Raises:
+        UnsupportedError: the family cannot express the model; the message names the fields.
+        FileError: it could not be written.
+    """
+    import json
+
+    write_atomic(Path(folder) / "config.json", json.dumps(config_to_hf(config, dtype), indent=2) + "\n")
+
+
+def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
+    """The keys and values of config.json. Raises `UnsupportedError` as `write_config` does."""
+    arch = ARCHS[config.arch]
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    eos = config.eos_token_ids
+    values = {
+        "architectures": [arch.architecture],
+        "model_type": arch.model_type,
+        "dtype": dtype,
+        "hidden_act": "silu",
+        **{key: getattr(config, key) for key in _SAME},
+        "rope_theta": config.rope_theta,
+        "rope_parameters": rope,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": (eos[0] if len(eos) == 1 else list(eos)) if eos else None,
+        "pad_token_id": config.pad_token_id,
+        **arch.write(config),
+    }
+    _check_expressible(config, _hf_config(values, "config.json"))
+    return values
+
+
+_MAX_LAYERS = 10_000  # layers are counted out one by one, so a lying number must not get that far
+_SAME = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+)
+
+
+def _hf_config(values: Mapping[str, Any], source: str) -> ModelConfig:
+    arch = ARCHS[Keys(values, source).values.get("model_type") or "(no model_type)"]
+    keys = Keys(values, source, arch.defaults)
+    _refuse(keys)
+    heads = keys.whole("num_attention_heads")
+    if keys.whole("num_hidden_layers") > _MAX_LAYERS:
+        raise FormatError(f"{source}: num_hidden_layers must be at most {_MAX_LAYERS}")
+    try:
+        return ModelConfig(
+            arch=arch.model_type,
+            vocab_size=keys.whole("vocab_size"),
+            hidden_size=keys.whole("hidden_size"),
+            num_hidden_layers=keys.whole("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=keys.whole("num_key_value_heads", heads),
+            head_dim=keys.whole("head_dim", keys.whole("hidden_size") // max(heads, 1)),
+            max_position_embeddings=keys.whole("max_position_embeddings"),
+            rope_theta=_rope(keys).real("rope_theta"),
+            rms_norm_eps=keys.real("rms_norm_eps"),
+            tie_word_embeddings=keys.flag("tie_word_embeddings"),
+            bos_token_id=keys.token("bos_token_id"),
+            eos_token_ids=keys.tokens("eos_token_id"),
+            pad_token_id=keys.token("pad_token_id"),
+            **arch.read(keys),
+        )
+    except ConfigError as error:
+        raise FormatError(f"{source}: {error}") from None
+
+
+def _rope(keys: Keys) -> Keys:
+    """The keys that rotary positions are read from: transformers 5 moved them into rope_parameters."""
+    nested = keys.optional("rope_parameters") or {}
+    theta = keys.optional("rope_theta")
+    return Keys(nested, f"{keys.source}: rope_parameters", {"rope_theta": theta})
+
+
+def _refuse(keys: Keys) -> None:
+    """Stop at what the decoder does not do and would therefore compute wrongly."""
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = keys.optional(name) or {}
+        if not isinstance(rope, Mapping):
+            raise FormatError(f"{keys.source}: {name} must be an object, not {rope!r}")
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        _unsupported(keys, kind != "default", f"{name} of type {kind!r}", "plain rotary positions ('default')")
+        partial = rope.get("partial_rotary_factor", 1.0)
+        _unsupported(keys, partial != 1.0, f"partial_rotary_factor {partial!r}", "rotation of whole heads (1.0)")
+    activation = keys.optional("hidden_act") or "silu"
+    _unsupported(keys, activation != "silu", f"hidden_act {activation!r}", "'silu'")
+    _unsupported(keys, keys.flag("mlp_bias"), "mlp_bias true", "MLPs without biases")
+    _unsupported(
+        keys, keys.has("quantization_config"), "a quantization_config", "weights in float32, bfloat16, float16"
+    )
+    if keys.has("sliding_window") and keys.flag("use_sliding_window"):
+        window, longest = keys.whole("sliding_window"), keys.whole("max_position_embeddings")
+        short = window < longest
+        _unsupported(keys, short, f"a sliding_window of {window} below {longest} positions", "attention to all of them")
+
+
+def _unsupported(keys: Keys, wrong: bool, what: str, instead: str) -> None:
+    if wrong:
+        raise UnsupportedError(f"{keys.source}: {what} is not supported; moekit computes {instead}")
+
+
+def _check_expressible(config: ModelConfig, read_back: ModelConfig) -> None:
+    lost = [name for name in _fields(config) if _fields(config)[name] != _fields(read_back)[name]]
+    if lost:
+        values = ", ".join(f"{name}={_fields(config)[name]!r}" for name in lost)
+        raise UnsupportedError(f"a {config.arch} model on disk cannot express {values}")
+
+
+def _fields(config: ModelConfig) -> dict[str, Any]:
+    """Every field that changes what the model computes, the MoE's as moe.<name>."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "moe"}
+    if len(config.moe_layers) == config.num_hidden_layers:
+        del values["intermediate_size"]
+    for f in dataclasses.fields(MoEConfig):
+        if f.name != "router_init_scale":
+            values[f"moe.{f.name}"] = getattr(config.moe, f.name, None)
+    return values
+
+
+def _read_llama(keys: Keys) -> dict[str, Any]:
+    return {"intermediate_size": keys.whole("intermediate_size"), "attention_bias": keys.flag("attention_bias")}
+
+
+def _write_llama(config: ModelConfig) -> dict[str, Any]:
+    return {"attention_bias": config.attention_bias, "mlp_bias": False}
+
+
+def _read_mixtral(keys: Keys) -> dict[str, Any]:
+    moe = MoEConfig(
+        hidden_size=keys.whole("hidden_size"),
+        intermediate_size=keys.whole("intermediate_size"),
+        num_experts=_num_experts(keys),
+        top_k=keys.whole("num_experts_per_tok"),
+        gate_order="topk_softmax",
+    )
+    return {
+        "intermediate_size": keys.whole("intermediate_size"),
+        "moe": moe,
+        "router_aux_loss_coef": keys.real("router_aux_loss_coef"),
+    }
+
+
+def _write_mixtral(config: ModelConfig) -> dict[str, Any]:
+    moe = _moe(config)
+    return {
+        "intermediate_size": moe.intermediate_size,
+        "num_local_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "router_aux_loss_coef": config.router_aux_loss_coef,
+        "sliding_window": None,
+    }
+
+
+def _read_qwen3_moe(keys: Keys) -> dict[str, Any]:
+    moe = MoEConfig(
+        hidden_size=keys.whole("hidden_size"),
+        intermediate_size=keys.whole("moe_intermediate_size"),
+        num_experts=_num_experts(keys),
+        top_k=keys.whole("num_experts_per_tok"),
+        gate_order="softmax_topk",
+        norm_topk_prob=keys.flag("norm_topk_prob"),
+    )
+    only, step = keys.tokens("mlp_only_layers"), keys.whole("decoder_sparse_step")
+    layers = range(keys.whole("num_hidden_layers"))
+    if step < 1:
+        raise FormatError(f"{keys.source}: decoder_sparse_step must be at least 1, not {step}")
+    return {
+        "intermediate_size": keys.whole("intermediate_size"),
+        "moe": moe,
+        "dense_layers": tuple(layer for layer in layers if layer in only or (layer + 1) % step),
+        "qk_norm": True,
+        "attention_bias": keys.flag("attention_bias"),
+        "router_aux_loss_coef": keys.real("router_aux_loss_coef"),
+    }
+
+
+def _write_qwen3_moe(config: ModelConfig) -> dict[str, Any]:
+    moe = _moe(config)
+    return {
+        "attention_bias": config.attention_bias,
+        "moe_intermediate_size": moe.intermediate_size,
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "norm_topk_prob": moe.norm_topk_prob,
+        "mlp_only_layers": list(config.dense_layers),
+        "decoder_sparse_step": 1,
+        "router_aux_loss_coef": config.router_aux_loss_coef,
+        "sliding_window": None,
+        "use_sliding_window": False,
+    }
+
+
+def _num_experts(keys: Keys) -> int:
+    return keys.whole("num_local_experts" if keys.has("num_local_experts") else "num_experts")
+
+
+def _moe(config: ModelConfig) -> MoEConfig:
+    if config.moe is None:
+        raise UnsupportedError(f"a {config.arch} model needs MoE layers, and this one has none; write it as llama")
+    return config.moe
+
+
+def gguf_config(file: GGUFFile) -> ModelConfig:
+    """The configuration in a GGUF file's metadata. Raises as `read_config` does."""
+    arch = ARCHS[str(file.metadata.get("general.architecture"))]
+    if arch.gguf is None:
+        raise UnsupportedError(f"{file.path}: moekit reads {arch.model_type} from safetensors, not from GGUF")
+    prefix = f"{arch.model_type}."
+    values = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+    keys = Keys(values, str(file.path))
+    _refuse_gguf(keys)
+    heads, hidden = keys.whole("attention.head_count"), keys.whole("embedding_length")
+    tokens = Keys(file.metadata, str(file.path))
+    try:
+        return ModelConfig(
+            arch=arch.model_type,
+            vocab_size=_gguf_vocabulary(file),
+            hidden_size=hidden,
+            intermediate_size=keys.whole("feed_forward_length"),
+            num_hidden_layers=keys.whole("block_count"),
+            num_attention_heads=heads,
+            num_key_value_heads=keys.whole("attention.head_count_kv", heads),
+            head_dim=keys.whole("attention.key_length", hidden // max(heads, 1)),
+            max_position_embeddings=keys.whole("context_length"),
+            rope_theta=keys.real("rope.freq_base", 10_000.0),
+            rms_norm_eps=keys.real("attention.layer_norm_rms_epsilon"),
+            tie_word_embeddings="output.weight" not in file.tensors,
+            bos_token_id=tokens.token("tokenizer.ggml.bos_token_id"),
+            eos_token_ids=tokens.tokens("tokenizer.ggml.eos_token_id"),
+            pad_token_id=tokens.token("tokenizer.ggml.padding_token_id"),
+        )
+    except ConfigError as error:
+        raise FormatError(f"{file.path}: {error}") from None
+
+
+def _refuse_gguf(keys: Keys) -> None:
+    scaling = keys.optional("rope.scaling.type") or "none"
+    _unsupported(keys, scaling != "none", f"rope.scaling.type {scaling!r}", "plain rotary positions ('none')")
+    experts = keys.whole("expert_count", 0)
+    _unsupported(keys, experts > 0, f"a GGUF file of {experts} experts", "MoE models from safetensors")
+    heads = max(keys.whole("attention.head_count"), 1)
+    size = keys.whole("attention.key_length", keys.whole("embedding_length") // heads)
+    rotated = keys.whole("rope.dimension_count", size)
+    _unsupported(keys, rotated != size, f"rope.dimension_count {rotated}", f"rotation of whole heads ({size})")
+
+
+def _gguf_vocabulary(file: GGUFFile) -> int:
+    if "token_embd.weight" not in file.tensors:
+        raise FormatError(f"{file.path}: the tensor 'token_embd.weight' is missing")
+    return file.tensors["token_embd.weight"].shape[0]
+
+
+_HF_OUTER = {
+    "embed.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_HF_ATTENTION = {
+    "attn_norm.weight": "input_layernorm.weight",
+    "mlp_norm.weight": "post_attention_layernorm.weight",
+    "attn.q_norm.weight": "self_attn.q_norm.weight",
+    "attn.k_norm.weight": "self_attn.k_norm.weight",
+    **{f"attn.{name}.{kind}": f"self_attn.{name}.{kind}" for name in _PROJECTIONS for kind in ("weight", "bias")},
+}
+_HF_DENSE = {f"mlp.{name}_proj.weight": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+_HF_FUSED = {f"mlp.experts.{name}": f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")}
+
+LLAMA_GGUF = Layout(
+    outer={"embed.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "head.weight": "output.weight"},
+    prefix="blk.{i}.",
+    inner={
+        "attn_norm.weight": "attn_norm.weight",
+        "mlp_norm.weight": "ffn_norm.weight",
+        "attn.q_proj.weight": "attn_q.weight",
+        "attn.k_proj.weight": "attn_k.weight",
+        "attn.v_proj.weight": "attn_v.weight",
+        "attn.o_proj.weight": "attn_output.weight",
+        **{f"mlp.{name}_proj.weight": f"ffn_{name}.weight" for name in ("gate", "up", "down")},
+    },
+    interleaved={"attn.q_proj.weight": "num_attention_heads", "attn.k_proj.weight": "num_key_value_heads"},
+)
+
+ARCHS: Registry[Arch] = Registry("architecture")
+
+ARCHS.register("llama")(
+    Arch(
+        model_type="llama",
+        architecture="LlamaForCausalLM",
+        defaults={"rope_theta": 10_000.0, "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2},
+        read=_read_llama,
+        write=_write_llama,
+        hf=Layout(_HF_OUTER, "model.layers.{i}.", _HF_ATTENTION | _HF_DENSE),
+        gguf=LLAMA_GGUF,
+    )
+)
+
+ARCHS.register("mixtral")(
+    Arch(
+        model_type="mixtral",
+        architecture="MixtralForCausalLM",
+        defaults={
+            "rope_theta": 1_000_000.0,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "router_aux_loss_coef": 0.001,
+            "use_sliding_window": True,
+        },
+        read=_read_mixtral,
+        write=_write_mixtral,
+        hf=Layout(
+            _HF_OUTER,
+            "model.layers.{i}.",
+            _HF_ATTENTION | {"mlp.router.weight": "block_sparse_moe.gate.weight"},
+            experts={
+                "mlp.experts.gate_up_proj": (
+                    "block_sparse_moe.experts.{e}.w1.weight",
+                    "block_sparse_moe.experts.{e}.w3.weight",
+                ),
+                "mlp.experts.down_proj": ("block_sparse_moe.experts.{e}.w2.weight",),
+            },
+        ),
+    )
+)
+
+ARCHS.register("qwen3_moe")(
+    Arch(
+        model_type="qwen3_moe",
+        architecture="Qwen3MoeForCausalLM",
+        defaults={
+            "rope_theta": 10_000.0,
+            "rms_norm_eps": 1e-6,
+            "router_aux_loss_coef": 0.001,
+            "decoder_sparse_step": 1,
+        },
+        read=_read_qwen3_moe,
+        write=_write_qwen3_moe,
+        hf=Layout(
+            _HF_OUTER,
+            "model.layers.{i}.",
+            _HF_ATTENTION | _HF_DENSE | {"mlp.router.weight": "mlp.gate.weight"},
+            experts={
+                "mlp.experts.gate_up_proj": (
+                    "mlp.experts.{e}.gate_proj.weight",
+                    "mlp.experts.{e}.up_proj.weight",
+                ),
+                "mlp.experts.down_proj": ("mlp.experts.{e}.down_proj.weight",),
+            },
+            fused=_HF_FUSED,
+        ),
+    )
+)

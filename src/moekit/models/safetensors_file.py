@@ -1,0 +1,191 @@
+"""`SafetensorsFile` reads one safetensors file tensor by tensor; `write_safetensors` writes one the same way.
+
+The header is checked in full before a byte of data is believed, and tensors go between file and memory one at a
+time, so that neither direction ever holds a second copy of a model.
+
+Layout: header length (8 bytes, little-endian), header (JSON: name to dtype, shape and [start, end) in the data), data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekit.errors import FormatError
+from moekit.files import file_errors, parse_json, replacing
+
+__all__ = ["SafetensorsFile", "StoredTensor", "write_safetensors"]
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MAX_HEADER = 100_000_000
+_MAX_DIMENSIONS = 8
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """dtype, shape, and [start, end) in bytes from the start of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class SafetensorsFile:
+    """A safetensors file whose header has been read and checked.
+
+    Args:
+        path: the file.
+    Raises:
+        FileError: it cannot be read.
+        FormatError: it contradicts itself; the message names the tensor.
+
+    Attributes:
+        tensors: names to `StoredTensor`, in the order of the data.
+        metadata: the header's text-to-text notes.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        with file_errors(path, "read"), self.path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            header, data_start = _header(file.read(8), file, size, str(path))
+        self.metadata: dict[str, str] = _metadata(header.pop("__metadata__", {}), str(path))
+        found = {name: _tensor(name, entry, data_start, str(path)) for name, entry in header.items()}
+        self.tensors = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].end)))
+        _check_extents(self.tensors, data_start, size, str(path))
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, in memory of its own, in its stored dtype and shape."""
+        if name not in self.tensors:
+            raise FormatError(f"{self.path} has no tensor {name!r}")
+        info = self.tensors[name]
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        if tensor.numel() == 0:
+            return tensor
+        with file_errors(self.path, "read"), self.path.open("rb", buffering=0) as file:
+            file.seek(info.start)
+            _fill(file, memoryview(_bytes(tensor)), f"{self.path} ends inside tensor {name!r}")
+        return tensor
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write `tensors` to `path`, whole or not at all; at most one of them is copied at a time.
+
+    Args:
+        path: the file.
+        tensors: names to tensors of any device; views may be given, shared memory is written once a name.
+        dtype: convert each to it on the way; None keeps each one's own.
+        metadata: notes for the header.
+    Raises:
+        FileError: it could not be written; nothing is left under `path` that was not there before.
+    """
+    # The widest dtype first keeps every tensor aligned to its own item size.
+    order = sorted(tensors, key=lambda name: -(dtype or tensors[name].dtype).itemsize)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in order:
+        kind, start = dtype or tensors[name].dtype, end
+        end += tensors[name].numel() * kind.itemsize
+        header[name] = {"dtype": _NAMES[kind], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            file.write(_bytes(tensors[name].detach().to("cpu", dtype).contiguous()))
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """The memory of a contiguous tensor as a numpy array of bytes."""
+    return tensor.view(-1).view(torch.uint8).numpy()
+
+
+def _fill(file: Any, view: memoryview, problem: str) -> None:
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise FormatError(problem)
+        view = view[count:]
+
+
+def _header(length_bytes: bytes, file: Any, size: int, source: str) -> tuple[dict[str, Any], int]:
+    if len(length_bytes) < 8:
+        raise FormatError(f"{source} is too short to be a safetensors file")
+    (length,) = struct.unpack("<Q", length_bytes)
+    if length > min(size - 8, _MAX_HEADER):
+        raise FormatError(
+            f"{source} claims a header of {length} bytes; it has {size}, and a header at most {_MAX_HEADER}"
+        )
+    return parse_json(file.read(length), f"{source}: the header"), 8 + length
+
+
+def _metadata(value: Any, source: str) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise FormatError(f"{source}: __metadata__ must map text to text")
+    return value
+
+
+def _tensor(name: str, entry: Any, data_start: int, source: str) -> StoredTensor:
+    def check(ok: bool, problem: str) -> None:
+        if not ok:
+            raise FormatError(f"{source}: tensor {name!r} {problem}")
+
+    check(isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}, "has a malformed entry")
+    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    check(isinstance(kind, str) and kind in _DTYPES, f"has the unknown dtype {kind!r}")
+    check(_sizes(shape) and len(shape) <= _MAX_DIMENSIONS, f"has the malformed shape {shape!r}")
+    check(_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1], f"has malformed offsets {offsets!r}")
+    needed, given = math.prod(shape) * _DTYPES[kind].itemsize, offsets[1] - offsets[0]
+    check(needed == given, f"of shape {shape} in {kind} needs {needed} bytes, but its offsets span {given}")
+    return StoredTensor(_DTYPES[kind], tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+
+def _sizes(values: Any) -> bool:
+    """Whether it is a list of whole numbers that fit 64 bits."""
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+
+def _check_extents(tensors: Mapping[str, StoredTensor], start: int, size: int, source: str) -> None:
+    """The tensors, in order, must cover the data exactly."""
+    at = start
+    for name, tensor in tensors.items():
+        if tensor.end > size:
+            raise FormatError(
+                f"{source}: tensor {name!r} ends at byte {tensor.end}, but the file has {size}: truncated?"
+            )
+        if tensor.start != at:
+            problem = "overlaps the one before it" if tensor.start < at else "leaves a hole before it"
+            raise FormatError(f"{source}: tensor {name!r} {problem}")
+        at = tensor.end
+    if at != size:
+        raise FormatError(f"{source}: {size - at} bytes follow the last tensor")

@@ -1,0 +1,140 @@
+"""`Tokenizer`: text to ids and back, chats to ids, and `TextStream` for text that grows id by id.
+
+A thin face of transformers' tokenizers, which are imported when one is loaded. Nothing here reaches the network.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moekit.errors import ConfigError, FileError, FormatError, UnsupportedError
+from moekit.files import file_errors, replacing_folder
+from moekit.models.gguf_file import GGUFFile
+
+__all__ = ["TextStream", "Tokenizer", "load_tokenizer"]
+
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+_HALF_A_CHARACTER = "�"
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Args:
+        hf: a tokenizer of transformers.
+
+    Attributes:
+        eos_ids: ids that end a text.
+        vocab_size: number of ids, added tokens included.
+    """
+
+    def __init__(self, hf: Any) -> None:
+        self.hf = hf
+        self.eos_ids: tuple[int, ...] = () if hf.eos_token_id is None else (int(hf.eos_token_id),)
+        self.vocab_size = len(hf)
+        # Some tokenizers begin every text with a token and some end it with one; a prompt must only begin.
+        first = hf.encode("")[:1]
+        self._prefix: list[int] = first if first and first[0] == hf.bos_token_id else []
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, after the beginning-of-text token if the tokenizer's own convention is to put one."""
+        return [*self._prefix, *self.hf.encode(text, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; special tokens have none."""
+        text: str = self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of a conversation, up to where the assistant's next answer begins.
+
+        Args:
+            messages: each with "role" and "content".
+        Raises:
+            UnsupportedError: the tokenizer has no chat template.
+            ConfigError: the template does not take these messages.
+        """
+        from jinja2 import TemplateError
+
+        if not self.hf.chat_template:
+            raise UnsupportedError("this tokenizer has no chat template; give a plain prompt instead")
+        for message in messages:
+            if not {"role", "content"} <= message.keys():
+                raise ConfigError(f"every message needs a role and a content, not {sorted(message)}")
+        try:
+            text = self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ConfigError(f"the chat template does not take these messages: {error}") from None
+        return list(self.hf.encode(text, add_special_tokens=False))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the tokenizer's files, chat template included, so that `load_tokenizer` and transformers read them."""
+        with replacing_folder(folder) as temporary:
+            self.hf.save_pretrained(temporary)
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer in a folder of Hugging Face's layout, or inside a .gguf file.
+
+    Raises:
+        FileError: there is none.
+        FormatError: it cannot be understood.
+    """
+    from transformers import AutoTokenizer
+
+    path = Path(path)
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    template = None
+    if path.suffix == ".gguf":
+        # Our reader checks the file first: the one inside transformers believes every length in it.
+        template = GGUFFile(path).metadata.get("tokenizer.chat_template")
+        options["gguf_file"] = path.name
+    elif not any((path / name).exists() for name in _FILES):
+        raise FileError(f"{path} has no tokenizer (none of {', '.join(_FILES)})")
+    folder = path.parent if path.suffix == ".gguf" else path
+    try:
+        with file_errors(path, "read the tokenizer of"):
+            hf = AutoTokenizer.from_pretrained(folder, **options)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise FormatError(f"the tokenizer of {path} cannot be read: {str(error).splitlines()[0]}") from error
+    if template and not hf.chat_template:
+        hf.chat_template = template
+    return Tokenizer(hf)
+
+
+class TextStream:
+    """Ids in, one by one; text out in pieces that never cut a character, and that together are `decode` of all ids.
+
+    A character may need the bytes of several tokens, so a piece waits until its last character is whole.
+
+    Args:
+        tokenizer: what decodes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._decode = tokenizer.decode
+        self._ids: list[int] = []
+        self._sent = ""
+        # Decoding starts a few tokens back, because a token's text may depend on the one before it.
+        self._from, self._to = 0, 0
+
+    def push(self, token: int) -> str:
+        """Add one id; returns the text that became certain, often one piece, sometimes none."""
+        self._ids.append(token)
+        before = self._decode(self._ids[self._from : self._to])
+        now = self._decode(self._ids[self._from :])
+        if now.endswith(_HALF_A_CHARACTER) or len(now) <= len(before):
+            return ""
+        self._from, self._to = self._to, len(self._ids)
+        return self._send(now[len(before) :])
+
+    def finish(self) -> str:
+        """The text that was still held back; half a character comes out as U+FFFD, as in `decode`."""
+        return self._send(self._decode(self._ids)[len(self._sent) :])
+
+    def _send(self, piece: str) -> str:
+        self._sent += piece
+        return piece

@@ -1,0 +1,307 @@
+"""Weights between disk and `Decoder`, one tensor at a time: safetensors both ways, GGUF in.
+
+Loading first compares names and shapes with what the configuration asks for, then fills a decoder that was built
+without memory: its peak is the model and one tensor. Saving writes Hugging Face's layout the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moekit.config import ModelConfig
+from moekit.errors import FileError, FormatError, UnsafeFileError, UnsupportedError
+from moekit.files import file_errors, read_json, replacing_folder, write_atomic
+from moekit.models.archs import ARCHS, Layout, Piece, config_to_hf, gguf_config, read_config
+from moekit.models.decoder import Decoder
+from moekit.models.gguf_file import GGUFFile
+from moekit.models.safetensors_file import SafetensorsFile, write_safetensors
+
+__all__ = ["load_decoder", "save_decoder"]
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+
+
+class Source(Protocol):
+    """Tensors on disk: their shapes, and one read at a time."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+
+def load_decoder(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Decoder:
+    """The model at `path`: a folder in Hugging Face layout (safetensors), or a .gguf file.
+
+    Args:
+        path: the folder or file.
+        dtype: of every parameter; None keeps each as it is stored (GGUF: float32).
+    Returns:
+        A decoder in evaluation mode on the CPU.
+    Raises:
+        FileError: something is missing or unreadable.
+        FormatError: the files contradict themselves or the configuration; the message names the tensor.
+        UnsafeFileError: there is only a pickle, or the index points out of the folder.
+        UnsupportedError, UnknownNameError: see `read_config`.
+    """
+    path = Path(path)
+    source: Source
+    if path.suffix == ".gguf":
+        file = GGUFFile(path)
+        config, source = gguf_config(file), _GGUFSource(file)
+        layout = ARCHS[config.arch].gguf
+        assert layout is not None  # gguf_config has refused families without one
+    else:
+        _refuse_pickle(path)
+        config, source = read_config(path), _open_folder(path)
+        layout = ARCHS[config.arch].hf
+    return _fill(config, layout, source, str(path), dtype)
+
+
+def save_decoder(
+    decoder: Decoder,
+    folder: str | os.PathLike[str],
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write config.json, generation_config.json and safetensors to `folder`, so that transformers loads them.
+
+    A new folder appears whole or not at all; in one that exists, each file is replaced whole, config.json last,
+    and weights of an earlier save are removed.
+
+    Args:
+        decoder: plain parameters only.
+        folder: where to.
+        max_shard_bytes: more than this is written as several files and an index.
+        dtype: to store; None keeps each parameter's own.
+    Raises:
+        UnsupportedError: the layout cannot express the model.
+        FileError: it could not be written.
+    """
+    config = decoder.config
+    tensors = dict(_disk_tensors(decoder))
+    stored = dtype or decoder.embed.weight.dtype
+    values = config_to_hf(config, str(stored).removeprefix("torch."))
+    shards = _shards(tensors, max_shard_bytes, dtype)
+    with replacing_folder(folder, last="config.json") as temporary:
+        for name, names in shards.items():
+            part = {key: tensors[key] for key in names}
+            write_safetensors(temporary / name, part, dtype=dtype, metadata={"format": "pt"})
+        if len(shards) > 1:
+            write_atomic(temporary / _INDEX, _index(tensors, shards, dtype))
+        write_atomic(temporary / "generation_config.json", _json(_generation(values)))
+        write_atomic(temporary / "config.json", _json(values))
+    _remove_stale(Path(folder), {*shards, *([_INDEX] if len(shards) > 1 else [])})
+
+
+def _fill(config: ModelConfig, layout: Layout, source: Source, where: str, dtype: torch.dtype | None) -> Decoder:
+    decoder = _empty_decoder(config, len(source.shapes), where)
+    plan = _plan(decoder, layout, source, where)
+    for name, pieces in plan.items():
+        owner, _, leaf = name.rpartition(".")
+        shape = decoder.get_parameter(name).shape
+        parameter = nn.Parameter(_assemble(shape, pieces, source, where, dtype))
+        setattr(decoder.get_submodule(owner), leaf, parameter)
+    return decoder.eval()
+
+
+def _empty_decoder(config: ModelConfig, num_tensors: int, where: str) -> Decoder:
+    """A decoder without memory; sizes that the files cannot back are refused before it is built."""
+    if config.num_hidden_layers > num_tensors:
+        raise FormatError(
+            f"{where}: the configuration asks for {config.num_hidden_layers} layers, "
+            f"but there are only {num_tensors} tensors"
+        )
+    try:
+        with torch.device("meta"):
+            return Decoder(config)
+    except (RuntimeError, OverflowError) as error:
+        raise FormatError(f"{where}: a model of these sizes cannot exist: {str(error).splitlines()[0]}") from None
+
+
+def _plan(decoder: Decoder, layout: Layout, source: Source, where: str) -> dict[str, list[Piece]]:
+    """Every parameter's pieces, after checking that the files hold exactly those, in the right shapes."""
+    plan: dict[str, list[Piece]] = {}
+    used: set[str] = set()
+    for name, parameter in decoder.named_parameters():
+        fused = layout.fused_name(name) in source.shapes
+        plan[name] = []
+        for piece in layout.pieces(name, decoder.config, fused=fused):
+            if piece.name not in source.shapes:
+                of = f" ({piece.where})" if piece.where else ""
+                raise FormatError(f"{where}: the tensor {piece.name!r}{of} is missing")
+            expected, found = tuple(parameter[piece.index].shape), source.shapes[piece.name]
+            if expected != found:
+                raise FormatError(
+                    f"{where}: {piece.name!r} has shape {list(found)}, but the configuration asks for {list(expected)}"
+                )
+            plan[name].append(piece)
+            used.add(piece.name)
+    _refuse_extra(decoder, layout, set(source.shapes) - used, where)
+    return plan
+
+
+def _refuse_extra(decoder: Decoder, layout: Layout, extra: set[str], where: str) -> None:
+    # A tied head is often stored a second time, and old Llama files carry the rotary frequencies.
+    tied_head = {layout.outer["head.weight"]} if decoder.head is None else set()
+    left = sorted(name for name in extra - tied_head if not name.endswith("rotary_emb.inv_freq"))
+    if left:
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        raise FormatError(
+            f"{where}: the configuration has no place for {', '.join(map(repr, left[:3]))}{more}; "
+            "the model has more layers or experts than it says, or is of another family"
+        )
+
+
+def _assemble(shape: torch.Size, pieces: list[Piece], source: Source, where: str, dtype: torch.dtype | None) -> Tensor:
+    """The parameter that `pieces` make up; one of them is in memory at a time."""
+    whole: Tensor | None = None
+    for piece in pieces:
+        part = source.read(piece.name)
+        if part.dtype not in _FLOATS:
+            raise UnsupportedError(f"{where}: {piece.name!r} is stored as {part.dtype}; moekit loads plain floats")
+        if piece.rotary_heads:
+            part = _deinterleave(part, piece.rotary_heads)
+        if piece.index == ():
+            return part.to(dtype or part.dtype)
+        if whole is None:
+            whole = torch.empty(shape, dtype=dtype or part.dtype)
+        if dtype is None and part.dtype != whole.dtype:
+            raise FormatError(
+                f"{where}: {piece.name!r} is {part.dtype}, the experts before it {whole.dtype}: give a dtype"
+            )
+        whole[piece.index] = part
+    assert whole is not None
+    return whole
+
+
+def _deinterleave(rows: Tensor, heads: int) -> Tensor:
+    """Undo llama.cpp's order (pairs of rows side by side in each head): back to first half, second half."""
+    size = rows.shape[0] // heads
+    return rows.view(heads, size // 2, 2, -1).transpose(1, 2).reshape(rows.shape)
+
+
+class _GGUFSource:
+    def __init__(self, file: GGUFFile) -> None:
+        self.file = file
+        self.shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        return torch.from_numpy(self.file.read(name).copy())
+
+
+class _SafetensorsSource:
+    """The tensors of one or many safetensors files."""
+
+    def __init__(self, files: list[SafetensorsFile]) -> None:
+        self.home: dict[str, SafetensorsFile] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in files:
+            for name, tensor in file.tensors.items():
+                if name in self.home:
+                    raise FormatError(f"tensor {name!r} is in both {self.home[name].path} and {file.path}")
+                self.home[name], self.shapes[name] = file, tensor.shape
+
+    def read(self, name: str) -> Tensor:
+        return self.home[name].read(name)
+
+
+def _open_folder(folder: Path) -> _SafetensorsSource:
+    if (folder / _SINGLE).exists():
+        return _SafetensorsSource([SafetensorsFile(folder / _SINGLE)])
+    if (folder / _INDEX).exists():
+        return _open_index(folder / _INDEX)
+    raise FileError(f"{folder} has no {_SINGLE} and no {_INDEX}")
+
+
+def _open_index(path: Path) -> _SafetensorsSource:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise FormatError(f"{path}: weight_map must map tensors to files")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        if shard != os.path.basename(shard) or "\\" in shard or not shard.endswith(".safetensors"):
+            raise UnsafeFileError(f"{path} names {shard!r}; only .safetensors files of its own folder are opened")
+    source = _SafetensorsSource([SafetensorsFile(path.parent / shard) for shard in shards])
+    for name in sorted({*weight_map, *source.home}):
+        listed, found = weight_map.get(name), source.home[name].path.name if name in source.home else None
+        if listed != found:
+            raise FormatError(f"{path}: tensor {name!r} is listed in {listed} but stored in {found}")
+    return source
+
+
+def _refuse_pickle(path: Path) -> None:
+    if path.is_dir() and not any(path.glob("*.safetensors*")):
+        pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
+        if pickles:
+            raise UnsafeFileError(f"{path / pickles[0]} is a pickle, which can run code; convert it to safetensors")
+    elif path.suffix in _PICKLES:
+        raise UnsafeFileError(f"{path} is a pickle, which can run code; convert it to safetensors")
+    elif path.is_file():
+        raise FileError(f"{path}: give the folder that holds config.json and the weights, or a .gguf file")
+
+
+def _disk_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """Names on disk and views of the parameters, in the decoder's order."""
+    layout = ARCHS[decoder.config.arch].hf
+    parameters = dict(decoder.named_parameters())
+    with torch.device("meta"):
+        expected = dict(Decoder(decoder.config).named_parameters())
+    odd = sorted(parameters.keys() ^ expected.keys())
+    if odd:
+        raise UnsupportedError(
+            f"only a plain decoder is written in Hugging Face layout; this one differs at {odd[0]!r}: "
+            "merge adapters and dequantise first"
+        )
+    for name, parameter in parameters.items():
+        for piece in layout.pieces(name, decoder.config):
+            yield piece.name, parameter.detach()[piece.index]
+
+
+def _shards(tensors: Mapping[str, Tensor], limit: int, dtype: torch.dtype | None) -> dict[str, list[str]]:
+    """File names to the tensors in them: as many in order as fit the limit, at least one."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        nbytes = tensor.numel() * (dtype or tensor.dtype).itemsize
+        if groups[-1] and size + nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += nbytes
+    if len(groups) == 1:
+        return {_SINGLE: groups[0]}
+    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def _index(tensors: Mapping[str, Tensor], shards: Mapping[str, list[str]], dtype: torch.dtype | None) -> str:
+    total = sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in tensors.values())
+    weight_map = {name: shard for shard, names in shards.items() for name in names}
+    return _json({"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _generation(values: Mapping[str, object]) -> dict[str, object]:
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {"_from_model_config": True, **{key: values[key] for key in keys if values[key] is not None}}
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _remove_stale(folder: Path, kept: set[str]) -> None:
+    """Remove weights of an earlier save, which a loader could take for this one's."""
+    with file_errors(folder):
+        for path in [*folder.glob("model*.safetensors"), *folder.glob(_INDEX)]:
+            if path.name not in kept:
+                path.unlink()
