@@ -1,7 +1,16 @@
 """The ops that experts are made of, in the fastest backend that is correct here; `explain()` says which."""
 
-from moekit.kernels.reference import activate, grouped_mm, moe_decode
+from moekit.kernels.autograd import grouped_mm, grouped_mm_transposed, grouped_outer, moe_decode
+from moekit.kernels.reference import activate
+from moekit.kernels.select import MOE_DECODE_MAX_TOKENS, explain, forced
 
-MOE_DECODE_MAX_TOKENS = 0
-
-__all__ = ["MOE_DECODE_MAX_TOKENS", "activate", "grouped_mm", "moe_decode"]
+__all__ = [
+    "MOE_DECODE_MAX_TOKENS",
+    "activate",
+    "explain",
+    "forced",
+    "grouped_mm",
+    "grouped_mm_transposed",
+    "grouped_outer",
+    "moe_decode",
+]

@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["activate", "grouped_mm", "grouped_mm_transposed", "grouped_outer", "moe_decode"]
+from moekit.errors import ConfigError
+
+__all__ = ["ACTIVATIONS", "activate", "grouped_mm", "grouped_mm_transposed", "grouped_outer", "moe_decode"]
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -28,7 +32,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
 def grouped_mm(rows_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """y_r = W_e(r) · x_r for each row r of expert e(r). Returns (R, O) in the rows' dtype."""
     out = rows_RI.new_zeros(rows_RI.shape[0], weight_EOI.shape[1])
-    for expert, start, stop in _groups(counts_E):
+    for expert, start, stop in _groups(counts_E, rows_RI.shape[0]):
         out[start:stop] = rows_RI[start:stop] @ weight_EOI[expert].T
     return out
 
@@ -36,7 +40,7 @@ def grouped_mm(rows_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
 def grouped_mm_transposed(rows_RO: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """x_r = W_e(r)ᵀ · y_r: the gradient of `grouped_mm` with respect to its rows. Returns (R, I)."""
     out = rows_RO.new_zeros(rows_RO.shape[0], weight_EOI.shape[2])
-    for expert, start, stop in _groups(counts_E):
+    for expert, start, stop in _groups(counts_E, rows_RO.shape[0]):
         out[start:stop] = rows_RO[start:stop] @ weight_EOI[expert]
     return out
 
@@ -47,7 +51,7 @@ def grouped_outer(rows_RO: Tensor, rows_RI: Tensor, counts_E: Tensor) -> Tensor:
     Returns (E, O, I); an expert without rows gets exact zeros.
     """
     out = rows_RO.new_zeros(counts_E.shape[0], rows_RO.shape[1], rows_RI.shape[1])
-    for expert, start, stop in _groups(counts_E):
+    for expert, start, stop in _groups(counts_E, rows_RO.shape[0]):
         out[expert] = rows_RO[start:stop].T @ rows_RI[start:stop]
     return out
 
@@ -63,26 +67,32 @@ def moe_decode(
     """The whole of dispatch, experts and combine for few tokens, without sorting: (T, D) → (T, D).
 
     `in_proj_EGD` holds gate and up one after the other (G = 2F, SwiGLU) or up alone (G = F); the
-    selected experts' outputs are summed in fp32 with `weights_TK` (fp32) and returned in x's dtype.
+    selected experts' outputs are summed in fp32 (fp64 for fp64) with `weights_TK` and returned in x's dtype.
     """
+    experts = in_proj_EGD.shape[0]
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
     gated = in_proj_EGD.shape[1] == 2 * down_proj_EDF.shape[2]
-    out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+    out_TD = x_TD.new_zeros(x_TD.shape, dtype=wide)
     for token, ids in enumerate(expert_ids_TK.tolist()):
         for slot, expert in enumerate(ids):
+            if not 0 <= expert < experts:
+                raise ConfigError(f"moe_decode: expert id {expert} is not one of 0 to {experts - 1}")
             hidden_G = in_proj_EGD[expert] @ x_TD[token]
             if gated:
                 gate_F, up_F = hidden_G.chunk(2)
                 hidden_F = activate(gate_F, activation) * up_F
             else:
                 hidden_F = activate(hidden_G, activation)
-            out_TD[token] += weights_TK[token, slot].float() * (down_proj_EDF[expert] @ hidden_F).float()
+            out_TD[token] += weights_TK[token, slot].to(wide) * (down_proj_EDF[expert] @ hidden_F).to(wide)
     return out_TD.to(x_TD.dtype)
 
 
-def _groups(counts_E: Tensor) -> list[tuple[int, int, int]]:
+def _groups(counts_E: Tensor, rows: int) -> list[tuple[int, int, int]]:
     """(expert, first row, one past its last row) for the experts that have rows."""
     groups, start = [], 0
     for expert, count in enumerate(counts_E.tolist()):
+        if not 0 <= count <= rows - start:
+            raise ConfigError(f"counts_E[{expert}] is {count}, but {rows - start} of the {rows} rows are left")
         if count:
             groups.append((expert, start, start + count))
         start += count

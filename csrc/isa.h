@@ -1,0 +1,43 @@
+// The table of tile kernels that every instruction set provides, and which table is in use.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace moekit {
+
+using i64 = std::int64_t;
+
+enum DType : int { kF32 = 0, kBF16 = 1 };
+
+inline size_t element_size(int dtype) { return dtype == kF32 ? 4 : 2; }
+
+// C (m×n) = A · Bᵀ. `a` points to m rows of k elements; B has n rows of k elements, `ldb` apart.
+// An element of C is the same to the last bit however the matrix is cut into tiles.
+using DotTile = void (*)(const void* const* a, const void* b, i64 ldb, void* c, i64 ldc, i64 m, i64 n, i64 k);
+
+// C (m×n) = A · B for any strides of A, and rows of B and C that are `ldb`, `ldc` apart.
+using GemmTile = void (*)(const void* a, i64 a_m, i64 a_k, const void* b, i64 ldb, void* c, i64 ldc, i64 m, i64 n,
+                          i64 k, void* scratch);
+
+// Tables are indexed by DType. Sums are in fp32 everywhere.
+struct Tiles {
+  const char* name;
+  DotTile dot[2];         // C in the elements' type
+  DotTile dot_to_f32[2];  // C in fp32
+  GemmTile gemm[2];
+};
+
+// The largest tile that `gemm` takes (wider when it has few rows), and the 64-byte aligned scratch it needs for one.
+inline constexpr i64 kGemmRows = 192, kGemmCols = 256, kGemmDepth = 256;
+inline constexpr i64 kStreamRows = 8, kStreamCols = 512;
+inline constexpr size_t kScratchBytes = 4 * (kGemmRows * kGemmCols + kGemmRows * kGemmDepth + kGemmCols * kGemmDepth);
+
+extern const Tiles tiles_portable, tiles_avx2, tiles_avx512, tiles_avx512_bf16;
+
+std::vector<std::string> available_isas();  // slowest first
+const Tiles& tiles();                       // the table in use: the fastest unless told otherwise
+void use_isa(const std::string& name);      // throws std::invalid_argument for one that is not available
+
+}  // namespace moekit

@@ -1,0 +1,3 @@
+#include "tiles.h"
+
+MOEKIT_TILES(avx512_bf16)

@@ -1,0 +1,150 @@
+"""The native CPU kernels: allocates outputs and hands addresses and sizes to `moekit._native`.
+
+Knows contiguity and dtypes, nothing of when it is chosen (select.py) or of gradients (autograd.py).
+The instruction set is the best the CPU has; `MOEKIT_ISA` or `forced_isa` choose another, for tests.
+Numbers do not depend on the number of threads, which is `torch.get_num_threads()`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch  # first: its OpenMP runtime becomes the extension's
+from torch import Tensor
+
+from moekit.errors import BackendError, ConfigError
+from moekit.kernels.reference import ACTIVATIONS
+
+__all__ = [
+    "available_isas",
+    "forced_isa",
+    "grouped_mm",
+    "grouped_mm_transposed",
+    "grouped_outer",
+    "isa",
+    "moe_decode",
+    "num_threads",
+    "unavailable",
+]
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+@cache
+def unavailable() -> str | None:
+    """Why the library cannot be used, or None when it can."""
+    try:
+        from moekit import _native  # noqa: F401
+    except ImportError as error:
+        return f"the native kernels are not built ({error}): pip install --force-reinstall moekit"
+    return None
+
+
+@cache
+def _native() -> Any:
+    """`moekit._native`, or BackendError."""
+    if reason := unavailable():
+        raise BackendError(reason)
+    from moekit import _native as library
+
+    if name := os.environ.get("MOEKIT_ISA"):
+        _use(library, name)
+    return library
+
+
+def _use(library: Any, name: str) -> None:
+    names = library.available_isas()
+    if name not in names:
+        raise BackendError(f"instruction set {name!r} is not available here; there are {', '.join(names)}")
+    library.use_isa(name)
+
+
+def available_isas() -> list[str]:
+    """The instruction sets that this CPU and this build have, slowest first."""
+    names: list[str] = _native().available_isas()
+    return names
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    name: str = _native().isa()
+    return name
+
+
+@contextmanager
+def forced_isa(name: str) -> Iterator[None]:
+    """Use one instruction set in this process for the duration.
+
+    Raises:
+        BackendError: the CPU or the build does not have it.
+    """
+    before = isa()
+    _use(_native(), name)
+    try:
+        yield
+    finally:
+        _native().use_isa(before)
+
+
+def num_threads() -> int:
+    """PyTorch's threads where the build has OpenMP, else 1."""
+    return torch.get_num_threads() if _native().threaded else 1
+
+
+def grouped_mm(rows_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """See `reference.grouped_mm`; fp32 or bf16 on the CPU."""
+    experts, out_width, in_width = weight_EOI.shape
+    out_RO = rows_RI.new_empty(rows_RI.shape[0], out_width)
+    _run("grouped_mm", rows_RI, weight_EOI, counts_E, out_RO, (rows_RI.shape[0], experts, out_width, in_width))
+    return out_RO
+
+
+def grouped_mm_transposed(rows_RO: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """See `reference.grouped_mm_transposed`; fp32 or bf16 on the CPU."""
+    experts, out_width, in_width = weight_EOI.shape
+    out_RI = rows_RO.new_empty(rows_RO.shape[0], in_width)
+    size = (rows_RO.shape[0], experts, out_width, in_width)
+    _run("grouped_mm_transposed", rows_RO, weight_EOI, counts_E, out_RI, size)
+    return out_RI
+
+
+def grouped_outer(rows_RO: Tensor, rows_RI: Tensor, counts_E: Tensor) -> Tensor:
+    """See `reference.grouped_outer`; fp32 or bf16 on the CPU."""
+    rows, out_width, in_width = rows_RO.shape[0], rows_RO.shape[1], rows_RI.shape[1]
+    out_EOI = rows_RO.new_empty(counts_E.shape[0], out_width, in_width)
+    _run("grouped_outer", rows_RO, rows_RI, counts_E, out_EOI, (rows, counts_E.shape[0], out_width, in_width))
+    return out_EOI
+
+
+def moe_decode(
+    x_TD: Tensor,
+    expert_ids_TK: Tensor,
+    weights_TK: Tensor,
+    in_proj_EGD: Tensor,
+    down_proj_EDF: Tensor,
+    activation: str,
+) -> Tensor:
+    """See `reference.moe_decode`; fp32 or bf16 on the CPU. Between the two matrices it rounds once."""
+    experts, hidden, inner = down_proj_EDF.shape
+    inputs = [x_TD, expert_ids_TK, weights_TK.float(), in_proj_EGD, down_proj_EDF]
+    inputs = [each.contiguous() for each in inputs]
+    out_TD = torch.empty_like(inputs[0])
+    sizes = (*expert_ids_TK.shape, experts, hidden, inner, in_proj_EGD.shape[1] == 2 * inner)
+    _call("moe_decode", [*inputs, out_TD], (*sizes, ACTIVATIONS.index(activation)))
+    return out_TD
+
+
+def _run(op: str, left: Tensor, right: Tensor, counts_E: Tensor, out: Tensor, size: tuple[int, ...]) -> None:
+    _call(op, [left.contiguous(), right.contiguous(), counts_E.contiguous(), out], size)
+
+
+def _call(op: str, tensors: list[Tensor], sizes: tuple[int, ...]) -> None:
+    dtype = DTYPES[tensors[0].dtype]
+    try:
+        getattr(_native(), op)(*[each.data_ptr() for each in tensors], *sizes, dtype, num_threads())
+    except ValueError as error:
+        raise ConfigError(f"{op}: {error}") from None
