@@ -1,28 +1,42 @@
-"""Models: one decoder, the rows of architectures it reads and writes, weights and tokenizers."""
+"""Models: one decoder, the rows of architectures it reads and writes, weights and tokenizers.
 
-from moekit.models.archs import ARCHS, Arch, read_config, write_config
-from moekit.models.cache import KVCache
-from moekit.models.decoder import Decoder, DecoderOutput, Features
-from moekit.models.gguf_file import GGUFFile
-from moekit.models.safetensors_file import SafetensorsFile, write_safetensors
-from moekit.models.tokenizer import TextStream, Tokenizer, load_tokenizer
-from moekit.models.weights import load_decoder, save_decoder
+Names are imported when first used, so that `moekit plan` reads configurations without torch.
+"""
 
-__all__ = [
-    "ARCHS",
-    "Arch",
-    "Decoder",
-    "DecoderOutput",
-    "Features",
-    "GGUFFile",
-    "KVCache",
-    "SafetensorsFile",
-    "TextStream",
-    "Tokenizer",
-    "load_decoder",
-    "load_tokenizer",
-    "read_config",
-    "save_decoder",
-    "write_config",
-    "write_safetensors",
-]
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "ARCHS": "archs",
+    "Arch": "archs",
+    "Decoder": "decoder",
+    "DecoderOutput": "decoder",
+    "Features": "decoder",
+    "GGUFFile": "gguf_file",
+    "KVCache": "cache",
+    "SafetensorsFile": "safetensors_file",
+    "TextStream": "tokenizer",
+    "Tokenizer": "tokenizer",
+    "load_decoder": "weights",
+    "load_tokenizer": "tokenizer",
+    "read_config": "archs",
+    "save_decoder": "weights",
+    "write_config": "archs",
+    "write_safetensors": "safetensors_file",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'moekit.models' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"moekit.models.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -131,7 +131,7 @@ class TextStream:
         self._from, self._to = self._to, len(self._ids)
         return self._send(now[len(before) :])
 
-    def finish(self) -> str:
+    def end(self) -> str:
         """The text that was still held back; half a character comes out as U+FFFD, as in `decode`."""
         return self._send(self._decode(self._ids)[len(self._sent) :])
 
