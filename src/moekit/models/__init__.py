@@ -27,7 +27,7 @@ _HOME = {
     "write_safetensors": "safetensors_file",
 }
 
-__all__ = sorted(_HOME)
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
