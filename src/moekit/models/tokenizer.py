@@ -83,26 +83,31 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         FileError: there is none.
         FormatError: it cannot be understood.
     """
-    from transformers import AutoTokenizer
-
     path = Path(path)
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    template = None
     if path.suffix == ".gguf":
         # Our reader checks the file first: the one inside transformers believes every length in it.
         template = GGUFFile(path).metadata.get("tokenizer.chat_template")
-        options["gguf_file"] = path.name
-    elif not any((path / name).exists() for name in _FILES):
+        hf = _from_pretrained("PreTrainedTokenizerFast", path, path.parent, gguf_file=path.name)
+        hf.chat_template = hf.chat_template or template
+    elif any((path / name).exists() for name in _FILES):
+        hf = _from_pretrained("AutoTokenizer", path, path)
+    else:
         raise FileError(f"{path} has no tokenizer (none of {', '.join(_FILES)})")
-    folder = path.parent if path.suffix == ".gguf" else path
+    return Tokenizer(hf)
+
+
+def _from_pretrained(kind: str, path: Path, folder: Path, **options: str) -> Any:
+    # For GGUF the class is named, because AutoTokenizer would spend seconds to read the model's configuration.
+    import transformers
+
     try:
         with file_errors(path, "read the tokenizer of"):
-            hf = AutoTokenizer.from_pretrained(folder, **options)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise FormatError(f"the tokenizer of {path} cannot be read: {str(error).splitlines()[0]}") from error
-    if template and not hf.chat_template:
-        hf.chat_template = template
-    return Tokenizer(hf)
+            return getattr(transformers, kind).from_pretrained(folder, local_files_only=True, **options)
+    except FileError:
+        raise
+    except Exception as error:  # the tokenizer libraries raise plain Exception for a file they do not understand
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FormatError(f"the tokenizer of {path} cannot be read: {reason}") from error
 
 
 class TextStream:
