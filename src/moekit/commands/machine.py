@@ -59,13 +59,9 @@ def readable_bytes(count: float) -> str:
     >>> readable_bytes(269_030_016)
     '256.6 MiB'
     """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            break
-        count /= 1024
-    else:
-        unit = "TiB"
-    return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = min(max(int(count).bit_length() - 1, 0) // 10, len(units) - 1)
+    return f"{count / 1024**power:.{min(power, 1)}f} {units[power]}"
 
 
 def _read(path: str) -> str:
