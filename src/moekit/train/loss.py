@@ -15,8 +15,10 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["chunked_cross_entropy"]
 
-CHUNK_ELEMENTS = 1 << 25
-"""Logits held at once: 128 MiB of float32."""
+CHUNK_BYTES = 128 << 20
+"""Logits held at once, in the dtype of the matrix products."""
+BLOCK_BYTES = 1 << 20
+"""Logits that are widened at once."""
 
 
 def chunked_cross_entropy(
@@ -64,17 +66,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden_ND.device)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             narrow_VD = weight_VD.to(dtype)
-            for start, stop in _chunks(hidden_ND.shape[0], weight_VD.shape[0]):
-                narrow_CD = hidden_ND[start:stop].to(dtype)
-                nll_C, probs_CV = _nll(narrow_CD @ narrow_VD.T, labels_N[start:stop], wide)
-                total += nll_C.sum()
-                if not (need_hidden or need_weight):
-                    continue
-                d_logits_CV = _minus_one_hot(probs_CV, labels_N[start:stop]).to(dtype)
+            for rows in _runs(hidden_ND.shape[0], CHUNK_BYTES // (dtype.itemsize * weight_VD.shape[0])):
+                narrow_CD = hidden_ND[rows].to(dtype)
+                logits_CV = narrow_CD @ narrow_VD.T
+                total += _softmax_minus_one_hot_(logits_CV, labels_N[rows], wide)
                 if d_hidden_ND is not None:
-                    d_hidden_ND[start:stop] = d_logits_CV @ narrow_VD
+                    d_hidden_ND[rows] = logits_CV @ narrow_VD
                 if d_weight_VD is not None:
-                    d_weight_VD += d_logits_CV.T @ narrow_CD
+                    d_weight_VD += logits_CV.T @ narrow_CD
         ctx.save_for_backward(d_hidden_ND, d_weight_VD)
         ctx.count, ctx.dtypes = count, (hidden_ND.dtype, weight_VD.dtype)
         return total / count
@@ -89,21 +88,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None
 
 
-def _chunks(rows: int, vocabulary: int) -> list[tuple[int, int]]:
-    """Equal runs of rows, as few as CHUNK_ELEMENTS allows."""
-    count = max(1, -(-rows * vocabulary // CHUNK_ELEMENTS))
+def _runs(rows: int, limit: int) -> list[slice]:
+    """Equal runs of at most `limit` rows (at least one), as few as possible."""
+    count = max(1, -(-rows // max(1, limit)))
     size = max(1, -(-rows // count))
-    return [(start, min(start + size, rows)) for start in range(0, rows, size)]
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def _nll(logits_CV: Tensor, labels_C: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    """−log p[label] (C,) and p (C, V). logsumexp is max − log p[argmax]: one pass fewer, and p[argmax] ≥ 1/V."""
-    probs_CV = logits_CV.softmax(dim=-1, dtype=wide)
-    top = logits_CV.max(dim=-1)
-    lse_C = top.values.to(wide) - probs_CV.gather(1, top.indices.unsqueeze(1)).squeeze(1).log()
-    return lse_C - logits_CV.gather(1, labels_C.unsqueeze(1)).squeeze(1).to(wide), probs_CV
+def _softmax_minus_one_hot_(logits_CV: Tensor, labels_C: Tensor, wide: torch.dtype) -> Tensor:
+    """Replace logits by softmax − one_hot(label), the gradient of −log p[label]; returns Σ −log p[label].
 
-
-def _minus_one_hot(probs_CV: Tensor, labels_C: Tensor) -> Tensor:
-    """p − one_hot(label), the gradient of −log p[label] by the logits, in place."""
-    return probs_CV.scatter_add_(1, labels_C.unsqueeze(1), probs_CV.new_full((labels_C.shape[0], 1), -1.0))
+    A few rows at a time, so that the wide copy and all passes over it stay in the cache.
+    """
+    total = torch.zeros((), dtype=wide, device=logits_CV.device)
+    for rows in _runs(logits_CV.shape[0], BLOCK_BYTES // (wide.itemsize * logits_CV.shape[1])):
+        logits_bV, labels_b1 = logits_CV[rows].to(wide, copy=True), labels_C[rows].unsqueeze(1)
+        wanted_b1, top_b1 = logits_bV.gather(1, labels_b1), logits_bV.amax(dim=1, keepdim=True)
+        exp_bV = logits_bV.sub_(top_b1).exp_()
+        sum_b1 = exp_bV.sum(dim=1, keepdim=True)
+        total += (sum_b1.log() + top_b1 - wanted_b1).sum()
+        exp_bV.div_(sum_b1).scatter_add_(1, labels_b1, -torch.ones_like(sum_b1))
+        logits_CV[rows] = exp_bV
+    return total
