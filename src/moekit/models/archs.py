@@ -275,7 +275,7 @@ def _refuse(keys: Keys) -> None:
             raise FormatError(f"{keys.source}: {name} must be an object, not {rope!r}")
         kind = rope.get("rope_type") or rope.get("type") or "default"
         _unsupported(keys, kind != "default", f"{name} of type {kind!r}", "plain rotary positions ('default')")
-        partial = rope.get("partial_rotary_factor", 1.0)
+        partial = rope.get("partial_rotary_factor") or keys.optional("partial_rotary_factor") or 1.0
         _unsupported(keys, partial != 1.0, f"partial_rotary_factor {partial!r}", "rotation of whole heads (1.0)")
     activation = keys.optional("hidden_act") or "silu"
     _unsupported(keys, activation != "silu", f"hidden_act {activation!r}", "'silu'")
@@ -295,17 +295,18 @@ def _unsupported(keys: Keys, wrong: bool, what: str, instead: str) -> None:
 
 
 def _check_expressible(config: ModelConfig, read_back: ModelConfig) -> None:
-    lost = [name for name in _fields(config) if _fields(config)[name] != _fields(read_back)[name]]
+    wanted, kept = _fields(config), _fields(read_back)
+    if len(config.moe_layers) == config.num_hidden_layers:
+        del wanted["intermediate_size"]  # no dense MLP is left that would have it
+    lost = [name for name in wanted if wanted[name] != kept[name]]
     if lost:
-        values = ", ".join(f"{name}={_fields(config)[name]!r}" for name in lost)
+        values = ", ".join(f"{name}={wanted[name]!r}" for name in lost)
         raise UnsupportedError(f"a {config.arch} model on disk cannot express {values}")
 
 
 def _fields(config: ModelConfig) -> dict[str, Any]:
     """Every field that changes what the model computes, the MoE's as moe.<name>."""
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "moe"}
-    if len(config.moe_layers) == config.num_hidden_layers:
-        del values["intermediate_size"]
     for f in dataclasses.fields(MoEConfig):
         if f.name != "router_init_scale":
             values[f"moe.{f.name}"] = getattr(config.moe, f.name, None)
