@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch  # first: its OpenMP runtime becomes the extension's
@@ -38,7 +39,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 def unavailable() -> str | None:
     """Why the library cannot be used, or None when it can."""
     try:
-        from moekit import _native  # noqa: F401
+        import_module("moekit._native")
     except ImportError as error:
         return f"the native kernels are not built ({error}): pip install --force-reinstall moekit"
     return None
@@ -49,8 +50,7 @@ def _native() -> Any:
     """`moekit._native`, or BackendError."""
     if reason := unavailable():
         raise BackendError(reason)
-    from moekit import _native as library
-
+    library = import_module("moekit._native")
     if name := os.environ.get("MOEKIT_ISA"):
         _use(library, name)
     return library

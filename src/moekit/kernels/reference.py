@@ -32,6 +32,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
 def grouped_mm(rows_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """y_r = W_e(r) · x_r for each row r of expert e(r). Returns (R, O) in the rows' dtype."""
     out = rows_RI.new_zeros(rows_RI.shape[0], weight_EOI.shape[1])
+    rows_RI = rows_RI.contiguous()  # else oneDNN's bf16 product reads past a group's last row
     for expert, start, stop in _groups(counts_E, rows_RI.shape[0]):
         out[start:stop] = rows_RI[start:stop] @ weight_EOI[expert].T
     return out
@@ -40,6 +41,7 @@ def grouped_mm(rows_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
 def grouped_mm_transposed(rows_RO: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """x_r = W_e(r)ᵀ · y_r: the gradient of `grouped_mm` with respect to its rows. Returns (R, I)."""
     out = rows_RO.new_zeros(rows_RO.shape[0], weight_EOI.shape[2])
+    rows_RO = rows_RO.contiguous()
     for expert, start, stop in _groups(counts_E, rows_RO.shape[0]):
         out[start:stop] = rows_RO[start:stop] @ weight_EOI[expert]
     return out
@@ -51,6 +53,7 @@ def grouped_outer(rows_RO: Tensor, rows_RI: Tensor, counts_E: Tensor) -> Tensor:
     Returns (E, O, I); an expert without rows gets exact zeros.
     """
     out = rows_RO.new_zeros(counts_E.shape[0], rows_RO.shape[1], rows_RI.shape[1])
+    rows_RO, rows_RI = rows_RO.contiguous(), rows_RI.contiguous()
     for expert, start, stop in _groups(counts_E, rows_RO.shape[0]):
         out[expert] = rows_RO[start:stop].T @ rows_RI[start:stop]
     return out
