@@ -16,7 +16,7 @@ class ByteTokenizer:
     """Bytes are ids; 256 ends a document."""
 
     eos_ids = (256,)
-    fingerprint = "bytes"
+    vocab_size = 257
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

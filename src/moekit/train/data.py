@@ -32,17 +32,18 @@ IGNORED = -100
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 PIECE = 1 << 20  # characters a document is encoded in at a time
+PROBE = "".join(map(chr, range(9, 0x3100))) + " the quick brown fox; 12345 += def __init__(self):\n\treturn 'don't'"
 FORMAT = 1  # raise when the layout of a token file changes
 
 
 class TextTokenizer(Protocol):
-    """What tokenising needs: ids of a text, and the ids that end one (the first separates documents)."""
+    """What tokenising needs: the ids of a text, the size of the vocabulary, and the ids that end a document."""
 
     @property
     def eos_ids(self) -> Sequence[int]: ...
 
     @property
-    def fingerprint(self) -> str: ...
+    def vocab_size(self) -> int: ...
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -212,7 +213,9 @@ def tokenise(files: Sequence[Path], tokenizer: TextTokenizer, cache: Path, text_
 
 
 def _key(files: Sequence[Path], tokenizer: TextTokenizer, text_field: str) -> str:
-    digest = hashlib.sha256(f"{FORMAT} {tokenizer.fingerprint} {text_field}".encode())
+    # Tokenizers that agree on every character of many scripts, and on their sizes, are taken for the same.
+    probed = (tokenizer.vocab_size, tuple(tokenizer.eos_ids), tokenizer.encode(PROBE))
+    digest = hashlib.sha256(f"{FORMAT} {probed} {text_field}".encode())
     for path in files:
         with file_errors(path, "read"):
             stat = path.stat()

@@ -12,9 +12,11 @@ is whole, loading fails, because starting over without a word would throw the ru
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,12 +25,12 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moekit.config import ModelConfig, TrainConfig
 from moekit.errors import ConfigError, FormatError
-from moekit.files import file_errors, replacing_folder
+from moekit.files import replacing_folder
 
 __all__ = ["Checkpoint", "RunIdentity", "load_newest", "restore", "save_checkpoint"]
 
@@ -171,18 +173,30 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> str:
-    raw = save(tensors)
-    path.write_bytes(raw)
-    return hashlib.sha256(raw).hexdigest()
+    try:
+        save_file(tensors, path)
+    except safetensors.SafetensorError as error:
+        # The library's own error hides the operating system's, a full disk above all.
+        raise OSError(_errno_of(error), str(error)) from error
+    return _digest(path)
+
+
+def _errno_of(error: Exception) -> int:
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else errno.EIO
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(folder: Path) -> Checkpoint:
     try:
         state = json.loads((folder / "state.json").read_text())
         for name, digest in state["sha256"].items():
-            with file_errors(folder / name, "read"), (folder / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                    raise FormatError(f"{folder / name} is damaged: its SHA-256 is not the recorded one")
+            if _digest(folder / name) != digest:
+                raise FormatError(f"{folder / name} is damaged: its SHA-256 is not the recorded one")
         model, optimizer = (load_file(folder / name) for name in ("model.safetensors", "optimizer.safetensors"))
         identity = {part: state[part] for part in ("train", "model", "data")}
         return Checkpoint(folder, int(state["step"]), identity, model, optimizer)

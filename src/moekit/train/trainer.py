@@ -101,8 +101,8 @@ class Trainer:
         self._saved = self.step
         self._stopping = False
 
-    def run(self) -> TrainResult:
-        """Train to `config.steps`, evaluate, and leave a checkpoint of the last step.
+    def run(self, *, evaluate: bool = True) -> TrainResult:
+        """Train to `config.steps`, leave a checkpoint of the last step, and with `evaluate` measure the held-out text.
 
         Raises:
             DivergenceError: loss or gradient became nan or infinite; earlier checkpoints are intact.
@@ -114,7 +114,7 @@ class Trainer:
         with MetricsLog(self.run_dir, self.step, self.config.tensorboard) as metrics_log, self._ctrl_c():
             while self.step < self.config.steps:
                 metrics = self._optimizer_step()
-                if self._due(self.config.eval_every):
+                if self._due(self.config.eval_every, last=evaluate):
                     metrics = self._with_evaluation(metrics)
                 if self._due(self.config.log_every):
                     metrics_log.write(metrics)
@@ -124,7 +124,7 @@ class Trainer:
                     self.on_step(metrics)
                 if self._stopping:
                     raise KeyboardInterrupt
-        if self.evaluation is None:
+        if evaluate and self.evaluation is None:
             self._evaluate()
         return TrainResult(self.step, metrics, self.evaluation, self.monitor, time.perf_counter() - started)
 
@@ -214,8 +214,9 @@ class Trainer:
         seen = self.evaluation
         return dataclasses.replace(metrics, valid_loss=seen.nll, valid_perplexity=seen.perplexity)
 
-    def _due(self, every: int) -> bool:
-        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
+    def _due(self, every: int, *, last: bool = True) -> bool:
+        """Whether this step is one of every so many, or the last one."""
+        return (last and self.step == self.config.steps) or (every > 0 and self.step % every == 0)
 
     def _save(self) -> None:
         counts_ME = self.monitor.counts_ME
