@@ -79,6 +79,11 @@ class Model:
     def config(self) -> ModelConfig:
         return self.decoder.config
 
+    @property
+    def can_chat(self) -> bool:
+        """Whether prompts may be messages: whether the tokenizer has a chat template."""
+        return bool(self.tokenizer.hf.chat_template)
+
     def __call__(self, input_ids: Tensor) -> DecoderOutput:
         """Logits (B, L, V) and routings for ids int64 (B, L)."""
         output: DecoderOutput = self.decoder(input_ids)
