@@ -134,7 +134,10 @@ class Keys:
         return self.values[key] if key in self.values else self.defaults.get(key)
 
     def whole(self, key: str, otherwise: int | None = None) -> int:
-        return self._typed(key, int, "a whole number", otherwise)
+        value: int = self._typed(key, int, "a whole number", otherwise)
+        if abs(value) >= 1 << 31:
+            raise FormatError(f"{self.source}: {key} is {value}, which no model has")
+        return value
 
     def real(self, key: str, otherwise: float | None = None) -> float:
         return float(self._typed(key, (int, float), "a number", otherwise))

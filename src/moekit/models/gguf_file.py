@@ -170,17 +170,18 @@ class _Header:
             return self.numbers(kind, 1, key)[0].item()
         if kind == _STRING:
             return self.string(key)
-        if kind == _ARRAY and depth < _MAX_NESTING:
-            return self.array(key, depth + 1)
-        problem = f"arrays nested deeper than {_MAX_NESTING}" if kind == _ARRAY else f"the unknown type {kind}"
-        raise FormatError(f"{self.source}: metadata key {key!r} has {problem}")
+        if kind == _ARRAY:
+            return self.array(self.u32(), self.u64(), key, depth + 1)
+        raise FormatError(f"{self.source}: metadata key {key!r} has the unknown type {kind}")
 
-    def array(self, key: str, depth: int) -> Any:
-        kind, count = self.u32(), self.u64()
+    def array(self, kind: int, count: int, key: str, depth: int) -> Any:
         if kind in _DTYPES:
             return self.numbers(kind, count, key)
         if kind == _STRING:
             return self.strings(count, key)
+        if depth > _MAX_NESTING or kind != _ARRAY:
+            problem = f"arrays nested deeper than {_MAX_NESTING}" if kind == _ARRAY else f"the unknown type {kind}"
+            raise FormatError(f"{self.source}: metadata key {key!r} has {problem}")
         self.need(12 * count, key)
         return [self.value(kind, key, depth) for _ in range(count)]
 

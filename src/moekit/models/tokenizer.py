@@ -6,6 +6,7 @@ A thin face of transformers' tokenizers, which are imported when one is loaded. 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from moekit.models.gguf_file import GGUFFile
 __all__ = ["TextStream", "Tokenizer", "load_tokenizer"]
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
-_HALF_A_CHARACTER = "�"
+_HALF_A_CHARACTER = "\ufffd"
+_ONE_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class Tokenizer:
@@ -113,14 +115,16 @@ def _from_pretrained(kind: str, path: Path, folder: Path, **options: str) -> Any
 class TextStream:
     """Ids in, one by one; text out in pieces that never cut a character, and that together are `decode` of all ids.
 
-    A character may need the bytes of several tokens, so a piece waits until its last character is whole.
+    A character may need the bytes of several tokens, so a piece waits until its last character is whole. Tokens that
+    stand for one byte (<0x0A> and the like, of sentencepiece) wait for the next other token, because decoders replace
+    a whole run of them when one is wrong.
 
     Args:
         tokenizer: what decodes.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._decode = tokenizer.decode
+        self._decode, self._token = tokenizer.decode, tokenizer.hf.convert_ids_to_tokens
         self._ids: list[int] = []
         self._sent = ""
         # Decoding starts a few tokens back, because a token's text may depend on the one before it.
@@ -129,6 +133,8 @@ class TextStream:
     def push(self, token: int) -> str:
         """Add one id; returns the text that became certain, often one piece, sometimes none."""
         self._ids.append(token)
+        if _ONE_BYTE.fullmatch(self._token(token) or ""):
+            return ""
         before = self._decode(self._ids[self._from : self._to])
         now = self._decode(self._ids[self._from :])
         if now.endswith(_HALF_A_CHARACTER) or len(now) <= len(before):

@@ -125,7 +125,7 @@ def _empty_decoder(config: ModelConfig, num_tensors: int, where: str) -> Decoder
     try:
         with torch.device("meta"):
             return Decoder(config)
-    except (RuntimeError, OverflowError) as error:
+    except RuntimeError as error:
         raise FormatError(f"{where}: a model of these sizes cannot exist: {str(error).splitlines()[0]}") from None
 
 
