@@ -1,16 +1,16 @@
 """`ARCHS`: each family of models is one row of data, used to read it and to write it.
 
 A row says how its `config.json` maps to a `ModelConfig`, and what our parameters are called on disk, in
-Hugging Face's layout and (where it has one) in GGUF. Our fused expert tensors are cut into `Piece`s, one a
-tensor on disk. It knows names and numbers, no tensors: torch is never imported here.
+Hugging Face's layout and (where it has one) in GGUF. It knows names and numbers, no tensors: torch is never
+imported here.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,83 +18,11 @@ from moekit.config import ModelConfig, MoEConfig
 from moekit.errors import ConfigError, FileError, FormatError, UnsupportedError
 from moekit.files import read_json, write_atomic
 from moekit.models.gguf_file import GGUFFile
+from moekit.models.keys import Keys, refuse_unsupported, unsupported
+from moekit.models.layout import HF_ATTENTION, HF_DENSE, HF_FUSED, HF_OUTER, LLAMA_GGUF, Layout
 from moekit.registry import Registry
 
-__all__ = ["ARCHS", "Arch", "Layout", "Piece", "config_to_hf", "gguf_config", "read_config", "write_config"]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One tensor on disk, and the part of one of our parameters that it holds.
-
-    Attributes:
-        name: on disk.
-        index: what to index our parameter with; () is all of it.
-        where: for messages, "expert 3 of layer 0" or "".
-        rotary_heads: when not 0, the rows come interleaved for this many heads (GGUF's llama).
-    """
-
-    name: str
-    index: tuple[int | slice, ...] = ()
-    where: str = ""
-    rotary_heads: int = 0
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Our parameter names to those of a file format.
-
-    Attributes:
-        outer: parameters outside the layers.
-        prefix: what stands before a layer's parameters; {i} is its number.
-        inner: parameters of a layer.
-        experts: fused parameters to the per-expert tensors stacked in them, in order; {e} is the expert.
-        fused: the same parameters' names where a file holds them fused.
-        interleaved: parameters whose rows are stored interleaved for rotary positions.
-    """
-
-    outer: Mapping[str, str]
-    prefix: str
-    inner: Mapping[str, str]
-    experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    fused: Mapping[str, str] = field(default_factory=dict)
-    interleaved: Mapping[str, str] = field(default_factory=dict)
-
-    def pieces(self, name: str, config: ModelConfig, *, fused: bool = False) -> Iterator[Piece]:
-        """What our parameter `name` is made of on disk; with `fused`, experts in one tensor.
-
-        Raises:
-            UnsupportedError: this format has no name for it.
-        """
-        if name in self.outer:
-            yield Piece(self.outer[name])
-            return
-        layer, inner = _split(name)
-        prefix = self.prefix.format(i=layer)
-        if inner in self.experts and config.moe is not None and not fused:
-            yield from self._experts(prefix, layer, inner, config.moe)
-        elif inner in (names := self.fused if fused else self.inner):
-            heads = getattr(config, self.interleaved[inner]) if inner in self.interleaved else 0
-            yield Piece(prefix + names[inner], rotary_heads=heads)
-        else:
-            raise UnsupportedError(f"parameter {name!r} has no place in this file format")
-
-    def fused_name(self, name: str) -> str | None:
-        """What a fused expert parameter is called on disk, or None when `name` is not one."""
-        layer, inner = _split(name)
-        return self.prefix.format(i=layer) + self.fused[inner] if inner in self.fused else None
-
-    def _experts(self, prefix: str, layer: str, inner: str, moe: MoEConfig) -> Iterator[Piece]:
-        parts, width = self.experts[inner], moe.intermediate_size
-        for expert in range(moe.num_experts):
-            for number, part in enumerate(parts):
-                rows = () if len(parts) == 1 else (slice(number * width, (number + 1) * width),)
-                yield Piece(prefix + part.format(e=expert), (expert, *rows), f"expert {expert} of layer {layer}")
-
-
-def _split(name: str) -> tuple[str, str]:
-    parts = name.split(".", 2)
-    return (parts[1], parts[2]) if parts[0] == "layers" and len(parts) == 3 else ("", name)
+__all__ = ["ARCHS", "Arch", "config_to_hf", "gguf_config", "read_config", "write_config"]
 
 
 @dataclass(frozen=True)
@@ -118,53 +46,6 @@ class Arch:
     write: Callable[[ModelConfig], dict[str, Any]]
     hf: Layout
     gguf: Layout | None = None
-
-
-class Keys:
-    """A configuration file's keys, typed: what is missing or of the wrong kind is named with the file."""
-
-    def __init__(self, values: Mapping[str, Any], source: str, defaults: Mapping[str, Any] | None = None) -> None:
-        self.values, self.source, self.defaults = values, source, defaults or {}
-
-    def has(self, key: str) -> bool:
-        return self.values.get(key) is not None
-
-    def optional(self, key: str) -> Any:
-        """The value as it stands, or its default, or None."""
-        return self.values[key] if key in self.values else self.defaults.get(key)
-
-    def whole(self, key: str, otherwise: int | None = None) -> int:
-        value: int = self._typed(key, int, "a whole number", otherwise)
-        if abs(value) >= 1 << 31:
-            raise FormatError(f"{self.source}: {key} is {value}, which no model has")
-        return value
-
-    def real(self, key: str, otherwise: float | None = None) -> float:
-        return float(self._typed(key, (int, float), "a number", otherwise))
-
-    def flag(self, key: str) -> bool:
-        return bool(self._typed(key, bool, "true or false", False))
-
-    def token(self, key: str) -> int | None:
-        tokens = self.tokens(key)
-        return tokens[0] if tokens else None
-
-    def tokens(self, key: str) -> tuple[int, ...]:
-        """Token ids given as one number, a list, or null."""
-        value = self.optional(key)
-        found = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(token, int) and not isinstance(token, bool) for token in found):
-            raise FormatError(f"{self.source}: {key} must be a token id or a list of them, not {value!r}")
-        return tuple(found)
-
-    def _typed(self, key: str, kind: type | tuple[type, ...], words: str, otherwise: Any) -> Any:
-        value = self.optional(key)
-        value = otherwise if value is None else value
-        if value is None:
-            raise FormatError(f"{self.source}: the key {key!r} is missing")
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise FormatError(f"{self.source}: {key} must be {words}, not {value!r}")
-        return value
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
@@ -237,7 +118,7 @@ _SAME = (
 def _hf_config(values: Mapping[str, Any], source: str) -> ModelConfig:
     arch = ARCHS[Keys(values, source).values.get("model_type") or "(no model_type)"]
     keys = Keys(values, source, arch.defaults)
-    _refuse(keys)
+    refuse_unsupported(keys)
     heads = keys.whole("num_attention_heads")
     if keys.whole("num_hidden_layers") > _MAX_LAYERS:
         raise FormatError(f"{source}: num_hidden_layers must be at most {_MAX_LAYERS}")
@@ -268,33 +149,6 @@ def _rope(keys: Keys) -> Keys:
     nested = keys.optional("rope_parameters") or {}
     theta = keys.optional("rope_theta")
     return Keys(nested, f"{keys.source}: rope_parameters", {"rope_theta": theta})
-
-
-def _refuse(keys: Keys) -> None:
-    """Stop at what the decoder does not do and would therefore compute wrongly."""
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = keys.optional(name) or {}
-        if not isinstance(rope, Mapping):
-            raise FormatError(f"{keys.source}: {name} must be an object, not {rope!r}")
-        kind = rope.get("rope_type") or rope.get("type") or "default"
-        _unsupported(keys, kind != "default", f"{name} of type {kind!r}", "plain rotary positions ('default')")
-        partial = rope.get("partial_rotary_factor") or keys.optional("partial_rotary_factor") or 1.0
-        _unsupported(keys, partial != 1.0, f"partial_rotary_factor {partial!r}", "rotation of whole heads (1.0)")
-    activation = keys.optional("hidden_act") or "silu"
-    _unsupported(keys, activation != "silu", f"hidden_act {activation!r}", "'silu'")
-    _unsupported(keys, keys.flag("mlp_bias"), "mlp_bias true", "MLPs without biases")
-    _unsupported(
-        keys, keys.has("quantization_config"), "a quantization_config", "weights in float32, bfloat16, float16"
-    )
-    if keys.has("sliding_window") and keys.flag("use_sliding_window"):
-        window, longest = keys.whole("sliding_window"), keys.whole("max_position_embeddings")
-        short = window < longest
-        _unsupported(keys, short, f"a sliding_window of {window} below {longest} positions", "attention to all of them")
-
-
-def _unsupported(keys: Keys, wrong: bool, what: str, instead: str) -> None:
-    if wrong:
-        raise UnsupportedError(f"{keys.source}: {what} is not supported; moekit computes {instead}")
 
 
 def _check_expressible(config: ModelConfig, read_back: ModelConfig) -> None:
@@ -434,13 +288,13 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
 
 def _refuse_gguf(keys: Keys) -> None:
     scaling = keys.optional("rope.scaling.type") or "none"
-    _unsupported(keys, scaling != "none", f"rope.scaling.type {scaling!r}", "plain rotary positions ('none')")
+    unsupported(keys, scaling != "none", f"rope.scaling.type {scaling!r}", "plain rotary positions ('none')")
     experts = keys.whole("expert_count", 0)
-    _unsupported(keys, experts > 0, f"a GGUF file of {experts} experts", "MoE models from safetensors")
+    unsupported(keys, experts > 0, f"a GGUF file of {experts} experts", "MoE models from safetensors")
     heads = max(keys.whole("attention.head_count"), 1)
     size = keys.whole("attention.key_length", keys.whole("embedding_length") // heads)
     rotated = keys.whole("rope.dimension_count", size)
-    _unsupported(keys, rotated != size, f"rope.dimension_count {rotated}", f"rotation of whole heads ({size})")
+    unsupported(keys, rotated != size, f"rope.dimension_count {rotated}", f"rotation of whole heads ({size})")
 
 
 def _gguf_vocabulary(file: GGUFFile) -> int:
@@ -448,37 +302,6 @@ def _gguf_vocabulary(file: GGUFFile) -> int:
         raise FormatError(f"{file.path}: the tensor 'token_embd.weight' is missing")
     return file.tensors["token_embd.weight"].shape[0]
 
-
-_HF_OUTER = {
-    "embed.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-}
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_HF_ATTENTION = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "mlp_norm.weight": "post_attention_layernorm.weight",
-    "attn.q_norm.weight": "self_attn.q_norm.weight",
-    "attn.k_norm.weight": "self_attn.k_norm.weight",
-    **{f"attn.{name}.{kind}": f"self_attn.{name}.{kind}" for name in _PROJECTIONS for kind in ("weight", "bias")},
-}
-_HF_DENSE = {f"mlp.{name}_proj.weight": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
-_HF_FUSED = {f"mlp.experts.{name}": f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")}
-
-LLAMA_GGUF = Layout(
-    outer={"embed.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "head.weight": "output.weight"},
-    prefix="blk.{i}.",
-    inner={
-        "attn_norm.weight": "attn_norm.weight",
-        "mlp_norm.weight": "ffn_norm.weight",
-        "attn.q_proj.weight": "attn_q.weight",
-        "attn.k_proj.weight": "attn_k.weight",
-        "attn.v_proj.weight": "attn_v.weight",
-        "attn.o_proj.weight": "attn_output.weight",
-        **{f"mlp.{name}_proj.weight": f"ffn_{name}.weight" for name in ("gate", "up", "down")},
-    },
-    interleaved={"attn.q_proj.weight": "num_attention_heads", "attn.k_proj.weight": "num_key_value_heads"},
-)
 
 ARCHS: Registry[Arch] = Registry("architecture")
 
@@ -489,7 +312,7 @@ ARCHS.register("llama")(
         defaults={"rope_theta": 10_000.0, "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2},
         read=_read_llama,
         write=_write_llama,
-        hf=Layout(_HF_OUTER, "model.layers.{i}.", _HF_ATTENTION | _HF_DENSE),
+        hf=Layout(HF_OUTER, "model.layers.{i}.", HF_ATTENTION | HF_DENSE),
         gguf=LLAMA_GGUF,
     )
 )
@@ -509,9 +332,9 @@ ARCHS.register("mixtral")(
         read=_read_mixtral,
         write=_write_mixtral,
         hf=Layout(
-            _HF_OUTER,
+            HF_OUTER,
             "model.layers.{i}.",
-            _HF_ATTENTION | {"mlp.router.weight": "block_sparse_moe.gate.weight"},
+            HF_ATTENTION | {"mlp.router.weight": "block_sparse_moe.gate.weight"},
             experts={
                 "mlp.experts.gate_up_proj": (
                     "block_sparse_moe.experts.{e}.w1.weight",
@@ -536,9 +359,9 @@ ARCHS.register("qwen3_moe")(
         read=_read_qwen3_moe,
         write=_write_qwen3_moe,
         hf=Layout(
-            _HF_OUTER,
+            HF_OUTER,
             "model.layers.{i}.",
-            _HF_ATTENTION | _HF_DENSE | {"mlp.router.weight": "mlp.gate.weight"},
+            HF_ATTENTION | HF_DENSE | {"mlp.router.weight": "mlp.gate.weight"},
             experts={
                 "mlp.experts.gate_up_proj": (
                     "mlp.experts.{e}.gate_proj.weight",
@@ -546,7 +369,7 @@ ARCHS.register("qwen3_moe")(
                 ),
                 "mlp.experts.down_proj": ("mlp.experts.{e}.down_proj.weight",),
             },
-            fused=_HF_FUSED,
+            fused=HF_FUSED,
         ),
     )
 )

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from moekit.config import ModelConfig
 from moekit.errors import FileError, FormatError, UnsafeFileError, UnsupportedError
 from moekit.files import file_errors, read_json, replacing_folder, write_atomic
-from moekit.models.archs import ARCHS, Layout, Piece, config_to_hf, gguf_config, read_config
+from moekit.models.archs import ARCHS, config_to_hf, gguf_config, read_config
 from moekit.models.decoder import Decoder
 from moekit.models.gguf_file import GGUFFile
+from moekit.models.layout import Layout, Piece
 from moekit.models.safetensors_file import SafetensorsFile, write_safetensors
 
 __all__ = ["load_decoder", "save_decoder"]

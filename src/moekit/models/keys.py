@@ -1,0 +1,83 @@
+"""`Keys`: a configuration file's keys with their types, and the refusals of what the decoder does not do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moekit.errors import FormatError, UnsupportedError
+
+__all__ = ["Keys", "refuse_unsupported", "unsupported"]
+
+
+class Keys:
+    """A configuration file's keys, typed: what is missing or of the wrong kind is named with the file."""
+
+    def __init__(self, values: Mapping[str, Any], source: str, defaults: Mapping[str, Any] | None = None) -> None:
+        self.values, self.source, self.defaults = values, source, defaults or {}
+
+    def has(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def optional(self, key: str) -> Any:
+        """The value as it stands, or its default, or None."""
+        return self.values[key] if key in self.values else self.defaults.get(key)
+
+    def whole(self, key: str, otherwise: int | None = None) -> int:
+        value: int = self._typed(key, int, "a whole number", otherwise)
+        if abs(value) >= 1 << 31:
+            raise FormatError(f"{self.source}: {key} is {value}, which no model has")
+        return value
+
+    def real(self, key: str, otherwise: float | None = None) -> float:
+        return float(self._typed(key, (int, float), "a number", otherwise))
+
+    def flag(self, key: str) -> bool:
+        return bool(self._typed(key, bool, "true or false", False))
+
+    def token(self, key: str) -> int | None:
+        tokens = self.tokens(key)
+        return tokens[0] if tokens else None
+
+    def tokens(self, key: str) -> tuple[int, ...]:
+        """Token ids given as one number, a list, or null."""
+        value = self.optional(key)
+        found = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in found):
+            raise FormatError(f"{self.source}: {key} must be a token id or a list of them, not {value!r}")
+        return tuple(found)
+
+    def _typed(self, key: str, kind: type | tuple[type, ...], words: str, otherwise: Any) -> Any:
+        value = self.optional(key)
+        value = otherwise if value is None else value
+        if value is None:
+            raise FormatError(f"{self.source}: the key {key!r} is missing")
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise FormatError(f"{self.source}: {key} must be {words}, not {value!r}")
+        return value
+
+
+def refuse_unsupported(keys: Keys) -> None:
+    """Stop at what the decoder does not do and would therefore compute wrongly."""
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = keys.optional(name) or {}
+        if not isinstance(rope, Mapping):
+            raise FormatError(f"{keys.source}: {name} must be an object, not {rope!r}")
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        unsupported(keys, kind != "default", f"{name} of type {kind!r}", "plain rotary positions ('default')")
+        partial = rope.get("partial_rotary_factor") or keys.optional("partial_rotary_factor") or 1.0
+        unsupported(keys, partial != 1.0, f"partial_rotary_factor {partial!r}", "rotation of whole heads (1.0)")
+    activation = keys.optional("hidden_act") or "silu"
+    unsupported(keys, activation != "silu", f"hidden_act {activation!r}", "'silu'")
+    unsupported(keys, keys.flag("mlp_bias"), "mlp_bias true", "MLPs without biases")
+    unsupported(keys, keys.has("quantization_config"), "a quantization_config", "weights in float32, bfloat16, float16")
+    if keys.has("sliding_window") and keys.flag("use_sliding_window"):
+        window, longest = keys.whole("sliding_window"), keys.whole("max_position_embeddings")
+        short = window < longest
+        unsupported(keys, short, f"a sliding_window of {window} below {longest} positions", "attention to all of them")
+
+
+def unsupported(keys: Keys, wrong: bool, what: str, instead: str) -> None:
+    """Raise `UnsupportedError` if `wrong`: `what` the file asks for, and what moekit computes `instead`."""
+    if wrong:
+        raise UnsupportedError(f"{keys.source}: {what} is not supported; moekit computes {instead}")
