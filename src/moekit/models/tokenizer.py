@@ -125,6 +125,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._decode, self._token = tokenizer.decode, tokenizer.hf.convert_ids_to_tokens
+        self._silent = frozenset(tokenizer.hf.all_special_ids)
         self._ids: list[int] = []
         self._sent = ""
         # Decoding starts a few tokens back, because a token's text may depend on the one before it.
@@ -133,7 +134,7 @@ class TextStream:
     def push(self, token: int) -> str:
         """Add one id; returns the text that became certain, often one piece, sometimes none."""
         self._ids.append(token)
-        if _ONE_BYTE.fullmatch(self._token(token) or ""):
+        if token in self._silent or _ONE_BYTE.fullmatch(self._token(token) or ""):
             return ""
         before = self._decode(self._ids[self._from : self._to])
         now = self._decode(self._ids[self._from :])
