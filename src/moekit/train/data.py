@@ -103,10 +103,12 @@ class Rows:
         places = range(index * batch_size, (index + 1) * batch_size)
         return self.take([self._shuffled(place) for place in places])
 
-    def in_order(self, batch_size: int) -> Iterator[Batch]:
-        """All rows once, first to last."""
-        for first in range(0, len(self), batch_size):
-            yield self.take(range(first, min(first + batch_size, len(self))))
+    def in_order(self, batch_size: int, max_rows: int | None = None) -> Iterator[Batch]:
+        """All rows once, first to last, or `max_rows` of them at even distances."""
+        count = min(len(self), max_rows or len(self))
+        rows = [place * len(self) // count for place in range(count)]
+        for first in range(0, count, batch_size):
+            yield self.take(rows[first : first + batch_size])
 
     def take(self, rows: Iterable[int]) -> Batch:
         """The rows of these numbers, as one batch."""

@@ -45,6 +45,7 @@ def perplexity(
     *,
     autocast: Literal["bfloat16", "none"] = "none",
     batch_size: int = 4,
+    max_rows: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Measure the decoder on every row once, in order; the same call gives the same bits.
@@ -53,6 +54,7 @@ def perplexity(
 
     Args:
         autocast: compute dtype over the decoder's own weights.
+        max_rows: measure on this many rows, spread evenly over the text.
         progress: called with (rows done, rows in all) after each batch.
     """
     monitor = monitor_of(decoder)
@@ -60,7 +62,7 @@ def perplexity(
     training = decoder.training
     decoder.eval()
     with torch.inference_mode(), compute_context(decoder, autocast):
-        for batch in rows.in_order(batch_size):
+        for batch in rows.in_order(batch_size, max_rows):
             features = decoder.features(batch.input_ids_BL, document_ids=batch.document_ids_BL)
             monitor.update(features.routings)
             total += chunked_cross_entropy(
@@ -73,7 +75,7 @@ def perplexity(
             tokens += batch.num_labels
             done += len(batch.input_ids_BL)
             if progress is not None:
-                progress(done, len(rows))
+                progress(done, min(len(rows), max_rows or len(rows)))
     decoder.train(training)
     nll = total / max(tokens, 1)
     return Evaluation(math.exp(min(nll, 700.0)), nll, tokens, monitor)

@@ -118,11 +118,12 @@ class Trainer:
                     metrics = self._with_evaluation(metrics)
                 if self._due(self.config.log_every):
                     metrics_log.write(metrics)
-                if self._due(self.config.save_every) or self._stopping:
+                if self._due(self.config.save_every):
                     self._save()
                 if self.on_step is not None:
                     self.on_step(metrics)
                 if self._stopping:
+                    self._save()
                     raise KeyboardInterrupt
         if evaluate and self.evaluation is None:
             self._evaluate()
@@ -219,6 +220,8 @@ class Trainer:
         return (last and self.step == self.config.steps) or (every > 0 and self.step % every == 0)
 
     def _save(self) -> None:
+        if self._saved == self.step:
+            return
         counts_ME = self.monitor.counts_ME
         save_checkpoint(
             self.run_dir, self.step, self.identity, self.decoder, self.optimizer, routing_counts_ME=counts_ME
