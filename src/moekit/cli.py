@@ -3,6 +3,7 @@
 It knows no verb's work. A verb is a module `moekit.commands.<verb>` with
   `Options`  a frozen dataclass; its fields become the flags and their docstrings the help,
   `run(options, console) -> dict`  prints for people on the rich console and returns what `--json` prints.
+What is wrong with a flag's value is raised by `run`, or by a configuration class inside `Options`.
 The module is imported only when its verb is used, and imports torch only inside `run`.
 
 Exit codes: 0 done · 1 a bug of ours, or a result whose "ok" is False · 2 wrong input, said in one line · 130 Ctrl-C.
@@ -38,6 +39,7 @@ VERBS = {
     "chat": "talk to a model in the terminal",
     "inspect": "show what a model is made of and which experts work on a text",
     "doctor": "check this machine and this installation",
+    "bench": "measure speed beside transformers and the machine's limits",
 }
 
 QUIET = {

@@ -310,7 +310,7 @@ class TrainConfig:
     checkpointing: Literal["none", "moe", "block"] = "none"
     """Recompute MoE layers, or whole blocks, during backward instead of keeping their activations."""
     save_every: int = 50
-    """Steps between checkpoints; 0 saves only at the end and on Ctrl-C."""
+    """Steps between checkpoints, and one at the end; 0 writes one on Ctrl-C alone."""
     eval_every: int = 0
     """Steps between evaluations on the held-out text; 0 evaluates only at the end."""
     log_every: int = 1
