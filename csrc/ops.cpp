@@ -14,9 +14,9 @@
 namespace moekit {
 namespace {
 
-// A tile of `dot`: few enough rows of A to stay in L2 while the columns pass.
+// A tile of `dot`: few enough rows of A to stay in L2 while the columns pass, a multiple of every kDotCols.
 constexpr i64 kDotRowsATask = 64, kDotColsATask = 48;
-constexpr i64 kDecodeRowsATask = 32;
+constexpr i64 kDecodeRowsATask = 48;
 
 const char* at(const void* base, i64 index, int dtype) {
   return static_cast<const char*>(base) + index * static_cast<i64>(element_size(dtype));
