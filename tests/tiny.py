@@ -51,7 +51,7 @@ def tiny_config(*, moe: bool = True, context: int = 256) -> ModelConfig:
 
 
 def tiny_model(*, moe: bool = True, chat: bool = True, context: int = 256, endless: bool = True) -> Model:
-    """Random weights, large enough that logits differ clearly, mostly ASCII; with `endless` it never says <|end|> by itself."""
+    """Random weights whose logits differ clearly and favour ASCII; an `endless` one never says <|end|> by itself."""
     decoder = Decoder(tiny_config(moe=moe, context=context)).eval()
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():

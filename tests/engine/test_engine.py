@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import byte_tokenizer, tiny_model
 
 import moekit
 from moekit.engine import Session
 from moekit.errors import ConfigError, ContextLengthError, UnknownNameError, UnsupportedError
+from tiny import byte_tokenizer, tiny_model
 
 PROMPT = "Two roads diverged"
 CHAT = [{"role": "user", "content": "Hello"}]

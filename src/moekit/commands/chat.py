@@ -98,7 +98,7 @@ class Conversation:
         if stats is None:
             self.console.print("no answer yet")
             return
-        self.console.print(summary(stats))
+        self.console.print(summary(stats), highlight=False)
         self.console.print(f"{stats.reused_tokens} of the prompt's tokens came from the cache", highlight=False)
         if stats.expert_counts:
             self.console.print(heat_table(stats.expert_counts, self.model.config.moe_layers))
@@ -113,7 +113,7 @@ class Conversation:
                 self.console.out(piece, end="", highlight=False)
             self.console.print()
         except KeyboardInterrupt:
-            self.console.print(" [dim](stopped)[/]")
+            self.console.print(" (stopped)", style="dim", highlight=False)
         except MoekitError as error:
             self.messages.pop()
             self.console.print(f"{error}; /reset starts again", markup=False, highlight=False)

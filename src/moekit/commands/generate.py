@@ -44,7 +44,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         text += piece
         console.out(piece, end="", highlight=False)
     assert model.last_stats is not None
-    console.print(f"\n[dim]{summary(model.last_stats)}[/]")
+    console.print(f"\n{summary(model.last_stats)}", style="dim", highlight=False)
     return {"text": text, **model.last_stats.to_dict()}
 
 

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from moekit.commands.heat import heat_table
 from moekit.commands.machine import readable_bytes
 from moekit.commands.options import DType, ModelPath
-from moekit.errors import ConfigError, MissingExtraError, UnsupportedError
+from moekit.errors import ConfigError, UnsupportedError
 from moekit.plan import parameters
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from moekit.engine import Model
+    from moekit.train.monitor import RoutingMonitor
 
 ROW_TOKENS = 1024
 SHOWN_TOKENS = 24
@@ -38,21 +39,12 @@ class Options:
     dtype: DType | None = None
     """Compute in this format; the stored one when not given."""
 
-    def __post_init__(self) -> None:
-        if self.text is not None and self.prompt is not None:
-            raise ConfigError("give --text or --prompt, not both")
-        if self.png is not None and self.text is None and self.prompt is None:
-            raise ConfigError("--png draws the experts' work on a text: give --text or --prompt too")
-        if self.max_tokens < 1:
-            raise ConfigError(f"max_tokens must be at least 1, not {self.max_tokens}")
-
 
 @dataclass(frozen=True)
 class Work:
-    """Which experts worked: counts (MoE layer × expert), and for each token one row of expert ids a layer."""
+    """Which experts worked: the counts of each MoE layer, and for each token one row of expert ids a layer."""
 
-    layers: tuple[int, ...]
-    counts: tuple[tuple[int, ...], ...]
+    monitor: RoutingMonitor
     tokens: list[str]
     experts: list[list[list[int]]]
 
@@ -61,6 +53,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     """Print facts, heat map and tokens; returns them all."""
     import moekit
 
+    _check(options)
     text = options.prompt if options.text is None else _read_text(options.text)
     model = moekit.load(options.model, dtype=options.dtype)
     result: dict[str, Any] = {"facts": _facts(model), "work": None}
@@ -75,13 +68,22 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         console.print("This model is dense: every parameter works on every token.")
         return result
     work = _route(model, text, options.max_tokens)
-    console.print(heat_table(work.counts, work.layers))
+    console.print(heat_table(work.monitor.counts_ME.tolist(), work.monitor.layers))
     _print_tokens(work, console)
     if options.png is not None:
-        _draw(work, options.png)
+        work.monitor.save_heatmap(options.png)
         console.print(f"drawn to {options.png}", markup=False, highlight=False)
-    result["work"] = {"layers": work.layers, "counts": work.counts, "tokens": work.tokens, "experts": work.experts}
+    result["work"] = {"layers": work.monitor.as_dict(), "tokens": work.tokens, "experts": work.experts}
     return result
+
+
+def _check(options: Options) -> None:
+    if options.text is not None and options.prompt is not None:
+        raise ConfigError("give --text or --prompt, not both")
+    if options.png is not None and options.text is None and options.prompt is None:
+        raise ConfigError("--png draws the experts' work on a text: give --text or --prompt too")
+    if options.max_tokens < 1:
+        raise ConfigError(f"max_tokens must be at least 1, not {options.max_tokens}")
 
 
 def _facts(model: Model) -> dict[str, Any]:
@@ -120,20 +122,22 @@ def _route(model: Model, text: str, max_tokens: int) -> Work:
     """Run the text through the model in rows that fit its context, and keep who took what."""
     import torch
 
-    from moekit.engine.stats import count_experts
+    from moekit.train.monitor import RoutingMonitor
 
+    assert model.config.moe is not None
     ids = model.tokenizer.encode(text)[:max_tokens]
     if not ids:
         raise ConfigError("the text is empty: there is nothing to route")
     row = min(ROW_TOKENS, model.config.max_position_embeddings)
-    passes, experts = [], []
+    monitor = RoutingMonitor(model.config.moe_layers, model.config.moe.num_experts)
+    experts: list[list[list[int]]] = []
     with torch.inference_mode():
         for start in range(0, len(ids), row):
             features = model.decoder.features(torch.tensor([ids[start : start + row]]))
-            passes.append(features.routings)
+            monitor.update(features.routings)
             experts += torch.stack([routing.expert_ids_TK for routing in features.routings], dim=1).tolist()
     tokens = [model.tokenizer.decode([token]) for token in ids]
-    return Work(model.config.moe_layers, count_experts(passes), tokens, experts)
+    return Work(monitor, tokens, experts)
 
 
 def _print_tokens(work: Work, console: Console) -> None:
@@ -141,30 +145,13 @@ def _print_tokens(work: Work, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    last = len(work.layers) - 1
+    last = len(work.monitor.layers) - 1
     columns = sorted({0, last // 2, last})
-    table = Table("token", *(f"layer {work.layers[column]}" for column in columns), title="experts of each token")
+    table = Table(
+        "token", *(f"layer {work.monitor.layers[column]}" for column in columns), title="experts of each token"
+    )
     for token, rows in list(zip(work.tokens, work.experts, strict=True))[:SHOWN_TOKENS]:
         table.add_row(Text(repr(token)), *(", ".join(map(str, rows[column])) for column in columns))
     console.print(table)
     if len(work.tokens) > SHOWN_TOKENS:
         console.print(f"the first {SHOWN_TOKENS} of {len(work.tokens):,} tokens; --json has them all", highlight=False)
-
-
-def _draw(work: Work, path: Path) -> None:
-    """A heat map, layers down and experts across, as PNG."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError("matplotlib", extra="train") from None
-    from moekit.files import replacing
-
-    shares = [[count / max(sum(row), 1) for count in row] for row in work.counts]
-    figure = Figure(figsize=(max(4, len(shares[0]) / 6), max(2.5, len(shares) / 5)), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=0)
-    axes.set(xlabel="expert", ylabel="layer", title=f"Share of {len(work.tokens):,} tokens' assignments")
-    axes.set_yticks(range(len(work.layers)), [str(layer) for layer in work.layers])
-    figure.colorbar(image)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)

@@ -26,15 +26,13 @@ class Options:
     context: int = 4096
     """Positions a conversation may hold, for the cache's memory and the work of attention."""
 
-    def __post_init__(self) -> None:
-        if self.context < 1:
-            raise ConfigError(f"context must be at least 1, not {self.context}")
-
 
 def run(options: Options, console: Console) -> dict[str, Any]:
     """Print the tables; returns every figure."""
     from moekit.models.archs import read_config
 
+    if options.context < 1:
+        raise ConfigError(f"context must be at least 1, not {options.context}")
     config = read_config(options.model)
     count = parameters(config)
     context = min(options.context, config.max_position_embeddings)
