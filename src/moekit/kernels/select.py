@@ -28,9 +28,9 @@ OPS = ("grouped_mm", "grouped_mm_transposed", "grouped_outer", "moe_decode")
 
 # Up to how many rows an expert, on average, the native op beats the reference, which calls the BLAS once an expert.
 # Measured with 16 experts of 1024×1024 on 2 cores of a Xeon with AMX, in ms, native : reference (fp32 | bf16):
-#   grouped_mm             8 rows 2.0 : 3.1 | 1.9 : 1.7    32 rows 5.0 : 6.5 |  7.3 : 2.1    256 rows 35 : 32 | 52 : 5.4
+#   grouped_mm             8 rows 1.9 : 3.0 | 1.9 : 1.7    32 rows 5.0 : 6.5 |  7.3 : 2.1    256 rows 35 : 32 | 52 : 5.4
 #   grouped_mm_transposed  8 rows 2.6 : 2.9 | 1.9 : 1.9    32 rows  10 : 6.4 |  8.6 : 2.1    256 rows 55 : 31 | 46 : 5.4
-#   grouped_outer          8 rows  18 : 20  |  11 : 11     32 rows  23 : 22  |   14 : 12     256 rows 77 : 57 | 51 : 16
+#   grouped_outer          8 rows  24 : 25  |  11 : 11     64 rows  33 : 28  |   20 : 12     256 rows 95 : 57 | 59 : 16
 # Without AMX (ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16) PyTorch's bf16 product needs 8.0 ms for 32 rows, and 5.6 for 16.
 # Without AVX-512 (…=AVX2) it has no fast one: 8 experts of 512×1024 with 128 rows each took 129 ms, ours 30.
 _FEW_ROWS = {
