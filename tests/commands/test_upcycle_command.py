@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from tiny import tiny_model
 
 from moekit import cli, load
+from tiny import tiny_model
 
 
 @pytest.fixture
