@@ -59,6 +59,11 @@ def test_the_library_reads_what_we_write(tmp_path):
     same(load_file(tmp_path / "b.safetensors"), {"a": TENSORS["a"].half()})
 
 
+def test_every_tensor_is_aligned_to_its_own_items(tmp_path):
+    write_safetensors(tmp_path / "a", {"byte": TENSORS["byte"], "wide": TENSORS["wide"]})
+    assert SafetensorsFile(tmp_path / "a").tensors["wide"].start % 8 == 0
+
+
 @pytest.mark.parametrize(
     ("header", "data", "words"),
     [
