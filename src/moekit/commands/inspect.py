@@ -10,7 +10,6 @@ from moekit.commands.heat import heat_table
 from moekit.commands.machine import readable_bytes
 from moekit.commands.options import DType, ModelPath
 from moekit.errors import ConfigError, UnsupportedError
-from moekit.plan import parameters
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,6 +86,8 @@ def _check(options: Options) -> None:
 
 
 def _facts(model: Model) -> dict[str, Any]:
+    from moekit.plan import parameters
+
     config, count = model.config, parameters(model.config)
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.decoder.parameters()})
     stored = sum(p.nbytes for p in model.decoder.parameters())

@@ -9,10 +9,11 @@ from moekit.commands.machine import available_memory, readable_bytes
 from moekit.commands.options import ModelPath
 from moekit.config import ModelConfig
 from moekit.errors import ConfigError
-from moekit.plan import ParameterCount, flops_per_token, kv_cache_bytes, parameters, weight_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from moekit.plan import ParameterCount
 
 KV_TOKENS = 1000
 
@@ -30,6 +31,7 @@ class Options:
 def run(options: Options, console: Console) -> dict[str, Any]:
     """Print the tables; returns every figure."""
     from moekit.models.archs import read_config
+    from moekit.plan import flops_per_token, kv_cache_bytes, parameters, weight_bytes
 
     if options.context < 1:
         raise ConfigError(f"context must be at least 1, not {options.context}")
@@ -83,6 +85,8 @@ def _print_costs(
     config: ModelConfig, weights: dict[str, int], fits: dict[str, bool], context: int, console: Console
 ) -> None:
     from rich.table import Table
+
+    from moekit.plan import flops_per_token, kv_cache_bytes
 
     cache = kv_cache_bytes(config, context)
     table = Table("weights as")

@@ -68,11 +68,11 @@ def draw(probs_V: Tensor, generator: torch.Generator) -> int:
 
 def _nucleus(probs_V: Tensor, mass: float) -> Tensor:
     """Ids of the smallest set of most likely tokens that holds at least `mass`, int64 (C,)."""
-    ranked = probs_V.topk(min(HEAD, probs_V.shape[0]))
-    if ranked.values.sum() < mass:
-        ranked = probs_V.sort(descending=True, stable=True)
-    before_C = ranked.values.cumsum(dim=0) - ranked.values
-    return ranked.indices[before_C < mass]
+    values_C, ids_C = probs_V.topk(min(HEAD, probs_V.shape[0]))
+    if values_C.sum() < mass:
+        values_C, ids_C = probs_V.sort(descending=True, stable=True)
+    before_C = values_C.cumsum(dim=0) - values_C
+    return ids_C[before_C < mass]
 
 
 def _keep(probs_V: Tensor, ids_C: Tensor) -> Tensor:
