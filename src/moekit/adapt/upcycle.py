@@ -28,6 +28,7 @@ __all__ = ["upcycle", "upcycled_config"]
 MOE_ARCH = {"llama": "mixtral"}
 # Switch Transformer's weight of the balance loss (2101.03961 §2.2).
 BALANCE_COEF = 0.01
+MLP_WEIGHTS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
 
 def upcycled_config(dense: ModelConfig, config: UpcycleConfig) -> ModelConfig:
@@ -71,9 +72,10 @@ def upcycle(dense: Decoder, config: UpcycleConfig) -> Decoder:
     with torch.device("meta"):
         sparse = Decoder(moe_config)
     generator = torch.Generator().manual_seed(config.seed)
-    tensors = {name: value.clone() for name, value in dense.state_dict().items() if ".mlp." not in name}
-    for layer, block in enumerate(dense.layers):
-        mlp = {name: value.detach() for name, value in block.mlp.named_parameters()}
+    weights = dense.state_dict()
+    tensors = {name: value.clone() for name, value in weights.items() if ".mlp." not in name}
+    for layer in range(moe_config.num_hidden_layers):
+        mlp = {name: weights[f"layers.{layer}.mlp.{name}"] for name in MLP_WEIGHTS}
         tensors |= {f"layers.{layer}.mlp.{name}": value for name, value in _moe_layer(mlp, config, generator).items()}
     sparse.load_state_dict(tensors, strict=True, assign=True)
     return sparse.requires_grad_(True).train(dense.training)

@@ -24,10 +24,10 @@ def transformers_layer(layer: MoE, implementation: str) -> nn.Module:
         intermediate_size=layer.config.intermediate_size,
         num_local_experts=layer.config.num_experts,
         num_experts_per_tok=layer.config.top_k,
-        experts_implementation=implementation,
     )
+    config._experts_implementation = implementation
     with torch.device("meta"):
-        block = MixtralSparseMoeBlock(config)
+        block: nn.Module = MixtralSparseMoeBlock(config)  # type: ignore[operator]
     weights = {
         "gate.weight": layer.router.weight,
         "experts.gate_up_proj": layer.experts.gate_up_proj,
