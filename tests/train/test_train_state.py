@@ -157,10 +157,15 @@ def test_another_corpus_or_model_is_refused(data: TrainingData, tmp_path: Path) 
 
 def test_what_changes_nothing_learned_may_change(data: TrainingData, tmp_path: Path) -> None:
     run_to(data, tmp_path)
-    result = Trainer(tiny_decoder(), data, config(steps=8, save_every=0, checkpointing="block"), tmp_path).run()
+    result = Trainer(tiny_decoder(), data, config(steps=8, save_every=5, checkpointing="block"), tmp_path).run()
     assert result.steps == 8
     again = Trainer(tiny_decoder(), data, config(steps=8), tmp_path).run()
     assert again.last is None
+
+
+def test_save_every_0_writes_none_at_the_end(data: TrainingData, tmp_path: Path) -> None:
+    Trainer(tiny_decoder(), data, config(steps=2, save_every=0), tmp_path).run()
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_metrics_are_cut_to_the_checkpoint(data: TrainingData, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def chunked_cross_entropy(
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: PLR0917 (autograd passes by position)
+    def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, count: int, dtype: torch.dtype
     ) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)

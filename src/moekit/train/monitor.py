@@ -121,7 +121,7 @@ class RoutingMonitor:
         except ImportError:
             raise MissingExtraError("matplotlib", extra="train") from None
         layers, experts = self.counts_ME.shape
-        figure = Figure(figsize=(min(4 + 0.3 * experts, 16), min(2 + 0.3 * layers, 12)), layout="constrained")
+        figure = Figure(figsize=(min(4 + 0.3 * experts, 16), min(3 + 0.25 * layers, 12)), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         mean_M1 = self.counts_ME.double().mean(dim=1, keepdim=True).clamp(min=1e-9)
@@ -131,6 +131,6 @@ class RoutingMonitor:
         axes.set_yticks(range(layers), labels=[str(layer) for layer in self.layers])
         if experts <= 32:
             axes.set_xticks(range(experts))
-        figure.colorbar(image, ax=axes, label="share of the layer's tokens ÷ even share")
+        figure.colorbar(image, ax=axes, label="times an even share")
         with replacing(path) as temporary:
             figure.savefig(temporary, dpi=120, format="png")

@@ -102,7 +102,7 @@ class Trainer:
         self._stopping = False
 
     def run(self, *, evaluate: bool = True) -> TrainResult:
-        """Train to `config.steps`, leave a checkpoint of the last step, and with `evaluate` measure the held-out text.
+        """Train to `config.steps`, saving every `save_every`, and with `evaluate` measure the held-out text.
 
         Raises:
             DivergenceError: loss or gradient became nan or infinite; earlier checkpoints are intact.
@@ -118,7 +118,7 @@ class Trainer:
                     metrics = self._with_evaluation(metrics)
                 if self._due(self.config.log_every):
                     metrics_log.write(metrics)
-                if self._due(self.config.save_every):
+                if self._due(self.config.save_every, last=self.config.save_every > 0):
                     self._save()
                 if self.on_step is not None:
                     self.on_step(metrics)
