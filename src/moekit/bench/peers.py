@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import nn
 
@@ -26,8 +28,9 @@ def transformers_layer(layer: MoE, implementation: str) -> nn.Module:
         num_experts_per_tok=layer.config.top_k,
     )
     config._experts_implementation = implementation
+    make_block: Any = MixtralSparseMoeBlock  # transformers' metaclasses confuse mypy
     with torch.device("meta"):
-        block: nn.Module = MixtralSparseMoeBlock(config)  # type: ignore[operator]
+        block = cast(nn.Module, make_block(config))
     weights = {
         "gate.weight": layer.router.weight,
         "experts.gate_up_proj": layer.experts.gate_up_proj,
