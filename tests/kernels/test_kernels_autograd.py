@@ -48,7 +48,7 @@ def test_first_and_second_derivatives(op):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "blas", "cpu"])
 @pytest.mark.parametrize("shape", ["empty experts", "no rows", "all to one", "few rows of wide"])
 @pytest.mark.parametrize("op", OPS)
 def test_gradients_of_every_backend(op, shape, backend, dtype):
@@ -173,7 +173,7 @@ def test_decode_inputs_that_do_not_fit(place, value, message):
         kernels.moe_decode(*args)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "blas", "cpu"])
 def test_shapes_cover_every_tile_edge(backend):
     """All widths from 1 to past two vectors of the widest instruction set."""
     for width in range(1, 36):
@@ -185,9 +185,9 @@ def test_shapes_cover_every_tile_edge(backend):
 
 
 def test_the_cases_reach_both_sides_of_the_choice():
-    """Automatic choice meets the native kernels and the reference among the shapes used here."""
+    """Automatic choice meets the native kernels and the BLAS among the shapes used here."""
     averages = [sum(counts) / len(counts) for counts, *_ in SHAPES.values()]
     device = torch.device("cpu")
     chosen = {kernels.select.choose("grouped_mm", device, torch.float32, int(a), 1) for a in averages}
     assert cpu.unavailable() is None
-    assert chosen == {"cpu", "reference"}
+    assert chosen == {"cpu", "blas"}

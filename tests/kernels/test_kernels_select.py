@@ -36,7 +36,7 @@ def grouped(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Ten
 def test_few_rows_go_to_the_native_kernels_and_many_do_not(op, dtype):
     assert select.choose(op, CPU, dtype, rows=64, experts=64) == "cpu"
     if select._few_rows(op, dtype) < 512:
-        assert select.choose(op, CPU, dtype, rows=64 * 512, experts=64) == "reference"
+        assert select.choose(op, CPU, dtype, rows=64 * 512, experts=64) == "blas"
 
 
 def test_what_only_the_reference_can_do():
@@ -59,12 +59,12 @@ def test_without_amx_bf16_goes_to_the_native_kernels_for_longer(capabilities, fe
     try:
         assert select.choose("grouped_mm", CPU, torch.bfloat16, rows=few, experts=1) == "cpu"
         beyond = select.choose("grouped_mm", CPU, torch.bfloat16, rows=few + 1, experts=1)
-        assert beyond == ("reference" if few == 24 else "cpu")
+        assert beyond == ("blas" if few == 24 else "cpu")
     finally:
         select._few_rows.cache_clear()
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "blas", "cpu"])
 def test_forced_runs_that_backend_and_no_other(backend, monkeypatch):
     calls = []
     for name, module in select.BACKENDS.items():
@@ -87,7 +87,10 @@ def test_forced_never_falls_back():
         kernels.grouped_mm(*grouped(torch.float64))
     with kernels.forced("cpu"), pytest.raises(BackendError, match="the tensors are on cuda"):
         select.choose("grouped_mm", CUDA, torch.float32, rows=1, experts=1)
-    with pytest.raises(BackendError, match="unknown backend 'gpu'; there are reference, cpu"), kernels.forced("gpu"):
+    with (
+        pytest.raises(BackendError, match="unknown backend 'gpu'; there are reference, blas, cpu"),
+        kernels.forced("gpu"),
+    ):
         pass
 
 
@@ -97,11 +100,13 @@ def test_a_missing_library_is_an_error_when_forced_and_told_otherwise(without_li
     with pytest.raises(BackendError, match="the native kernels are not built"):
         cpu.isa()
     assert torch.equal(kernels.grouped_mm(*grouped()), torch.full((3, 5), 4.0))
-    assert {choice.backend for choice in kernels.explain()} == {"reference"}
+    assert {choice.backend for choice in kernels.explain()} == {"reference", "blas"}
     assert "not built" in str(kernels.explain())
 
 
-@pytest.mark.parametrize(("backend", "expected"), [("reference", "reference"), ("cpu", "cpu"), ("gpu", "BackendError")])
+@pytest.mark.parametrize(
+    ("backend", "expected"), [("reference", "reference"), ("blas", "blas"), ("cpu", "cpu"), ("gpu", "BackendError")]
+)
 def test_backend_from_the_environment(backend, expected):
     code = """
 import torch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -28,13 +28,9 @@ def transformers_layer(layer: MoE, implementation: str) -> nn.Module:
         num_experts_per_tok=layer.config.top_k,
     )
     config._experts_implementation = implementation
-    make_block: Any = MixtralSparseMoeBlock  # transformers' metaclasses confuse mypy
     with torch.device("meta"):
-        block = cast(nn.Module, make_block(config))
-    weights = {
-        "gate.weight": layer.router.weight,
-        "experts.gate_up_proj": layer.experts.gate_up_proj,
-        "experts.down_proj": layer.experts.down_proj,
-    }
-    block.load_state_dict({name: value.detach().clone() for name, value in weights.items()}, assign=True)
-    return block.requires_grad_(True)
+        block = cast(nn.Module, MixtralSparseMoeBlock(config))
+    names = {"router.weight": "gate.weight"}
+    weights = {names.get(name, name): value.detach().clone() for name, value in layer.named_parameters()}
+    block.load_state_dict(weights, assign=True)
+    return block

@@ -45,8 +45,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     _print_costs(config, weights, fits, context, console)
     return {
         "arch": config.arch,
-        "total_parameters": count.total,
-        "active_parameters": count.active,
+        "total_params": count.total,
+        "active_params": count.active,
         "parts": dict(count.parts),
         "active_parts": dict(count.active_parts),
         "context": context,

@@ -69,7 +69,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     config = TrainConfig(steps=3 if options.fast else options.steps, lr=LR, warmup_steps=2, save_every=0)
     console.print(f"[bold]1[/]  opening {samples / MODEL}")
     tokenizer, decoder, data = _open(samples, out, 128 if options.fast else 256)
-    console.print("[bold]2[/]  upcycling: 8 experts of half the MLP's width in every layer, 2 of them for a token")
+    console.print("[bold]2[/]  upcycling: 8 experts of half an MLP in every layer, 2 of them for a token")
     contenders = _upcycle(decoder, data, eval_rows, console)
     del decoder
     console.print(f"[bold]3[/]  training both on {data.train.num_documents} plays, {len(HELD_OUT)} held out")
@@ -138,7 +138,7 @@ def _evaluate(name: str, decoder: Decoder, data: TrainingData, rows: int, consol
 
     assert data.valid is not None
     with console.status(f"measuring the {name} model on {rows} held-out rows"):
-        return perplexity(decoder, data.valid, autocast="bfloat16", batch_size=8, max_rows=rows)
+        return perplexity(decoder, data.valid, batch_size=8, max_rows=rows)
 
 
 def _train(contender: Contender, data: TrainingData, config: TrainConfig, folder: Path, console: Console) -> None:

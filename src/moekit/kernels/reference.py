@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from moekit.errors import ConfigError
 
-__all__ = ["ACTIVATIONS", "activate", "grouped_mm", "grouped_mm_transposed", "grouped_outer", "moe_decode"]
+__all__ = ["ACTIVATIONS", "activate", "grouped_mm", "grouped_mm_transposed", "grouped_outer", "groups", "moe_decode"]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
@@ -33,7 +33,7 @@ def grouped_mm(rows_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """y_r = W_e(r) · x_r for each row r of expert e(r). Returns (R, O) in the rows' dtype."""
     out = rows_RI.new_zeros(rows_RI.shape[0], weight_EOI.shape[1])
     rows_RI = rows_RI.contiguous()  # else oneDNN's bf16 product reads past a group's last row
-    for expert, start, stop in _groups(counts_E, rows_RI.shape[0]):
+    for expert, start, stop in groups(counts_E, rows_RI.shape[0]):
         out[start:stop] = rows_RI[start:stop] @ weight_EOI[expert].T
     return out
 
@@ -42,7 +42,7 @@ def grouped_mm_transposed(rows_RO: Tensor, weight_EOI: Tensor, counts_E: Tensor)
     """x_r = W_e(r)ᵀ · y_r: the gradient of `grouped_mm` with respect to its rows. Returns (R, I)."""
     out = rows_RO.new_zeros(rows_RO.shape[0], weight_EOI.shape[2])
     rows_RO = rows_RO.contiguous()
-    for expert, start, stop in _groups(counts_E, rows_RO.shape[0]):
+    for expert, start, stop in groups(counts_E, rows_RO.shape[0]):
         out[start:stop] = rows_RO[start:stop] @ weight_EOI[expert]
     return out
 
@@ -54,7 +54,7 @@ def grouped_outer(rows_RO: Tensor, rows_RI: Tensor, counts_E: Tensor) -> Tensor:
     """
     out = rows_RO.new_zeros(counts_E.shape[0], rows_RO.shape[1], rows_RI.shape[1])
     rows_RO, rows_RI = rows_RO.contiguous(), rows_RI.contiguous()
-    for expert, start, stop in _groups(counts_E, rows_RO.shape[0]):
+    for expert, start, stop in groups(counts_E, rows_RO.shape[0]):
         out[expert] = rows_RO[start:stop].T @ rows_RI[start:stop]
     return out
 
@@ -90,8 +90,8 @@ def moe_decode(
     return out_TD.to(x_TD.dtype)
 
 
-def _groups(counts_E: Tensor, rows: int) -> list[tuple[int, int, int]]:
-    """(expert, first row, one past its last row) for the experts that have rows."""
+def groups(counts_E: Tensor, rows: int) -> list[tuple[int, int, int]]:
+    """(expert, first row, one past its last row) of each expert that has rows; ConfigError if they do not fit."""
     groups, start = [], 0
     for expert, count in enumerate(counts_E.tolist()):
         if not 0 <= count <= rows - start:

@@ -1,8 +1,8 @@
 """Which backend runs each op, decided in one place and told on request.
 
-The order: a forced backend (the `forced` context, or `MOEKIT_BACKEND`) or an error, never another one;
-then what only the reference can do (any dtype but fp32 and bf16, any device but the CPU); then the rule by
-rows an expert, measured below.
+The order: a forced backend (the `forced` context, or `MOEKIT_BACKEND`) or an error, never another one; then
+for fp32 and bf16 on a CPU the native kernels or the BLAS, by rows an expert as measured below; the reference
+for everything else.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from moekit.errors import BackendError
-from moekit.kernels import cpu, reference
+from moekit.kernels import blas, cpu, reference
 
 __all__ = ["BACKENDS", "MOE_DECODE_MAX_TOKENS", "OPS", "Choice", "Explanation", "choose", "explain", "forced", "run"]
 
-BACKENDS: dict[str, Any] = {"reference": reference, "cpu": cpu}
+BACKENDS: dict[str, Any] = {"reference": reference, "blas": blas, "cpu": cpu}
 OPS = ("grouped_mm", "grouped_mm_transposed", "grouped_outer", "moe_decode")
 
-# Up to how many rows an expert, on average, the native op beats the reference, which calls the BLAS once an expert.
-# Measured with 16 experts of 1024×1024 on 2 cores of a Xeon with AMX, in ms, native : reference (fp32 | bf16):
+# Up to how many rows an expert, on average, the native op beats one BLAS call an expert.
+# Measured with 16 experts of 1024×1024 on 2 cores of a Xeon with AMX, in ms, native : BLAS (fp32 | bf16):
 #   grouped_mm             8 rows 1.9 : 3.0 | 1.9 : 1.7    32 rows 5.0 : 6.5 |  7.3 : 2.1    256 rows 35 : 32 | 52 : 5.4
 #   grouped_mm_transposed  8 rows 2.6 : 2.9 | 1.9 : 1.9    32 rows  10 : 6.4 |  8.6 : 2.1    256 rows 55 : 31 | 46 : 5.4
 #   grouped_outer          8 rows  24 : 25  |  11 : 11     64 rows  33 : 28  |   20 : 12     256 rows 95 : 57 | 59 : 16
@@ -124,31 +124,39 @@ def explain() -> Explanation:
 
 def _decide(op: str, device: torch.device, dtype: torch.dtype, rows: int, experts: int) -> tuple[str, str]:
     """(backend, reason)."""
-    obstacle = _obstacle(device, dtype)
+    obstacles = {"reference": None, "blas": _blas_obstacle(op, device, dtype), "cpu": _native_obstacle(device, dtype)}
     if _forced is not None:
         _check_name(_forced)
-        if _forced == "cpu" and obstacle:
-            raise BackendError(f"the cpu backend was asked for, but cannot run {op}: {obstacle}")
+        if obstacles[_forced]:
+            raise BackendError(f"the {_forced} backend was asked for, but cannot run {op}: {obstacles[_forced]}")
         return _forced, "forced"
-    if obstacle:
-        return "reference", obstacle
-    if op == "moe_decode":
-        return "cpu", "each weight is read once, in one call"
-    limit = _few_rows(op, dtype)
-    if limit == math.inf:
-        return "cpu", "PyTorch has no fast bf16 product on this CPU"
-    if rows <= limit * experts:
-        return "cpu", f"up to {limit} rows an expert the native kernel is faster"
-    return "reference", f"beyond {limit} rows an expert PyTorch's matrix product is faster"
+    reason = obstacles["cpu"]
+    if reason is None:
+        if op == "moe_decode":
+            return "cpu", "each weight is read once, in one call"
+        limit = _few_rows(op, dtype)
+        if rows <= limit * experts:
+            return "cpu", f"up to {limit} rows an expert the native kernel is faster"
+        reason = f"beyond {limit} rows an expert PyTorch's matrix product is faster"
+    return ("reference" if obstacles["blas"] else "blas"), reason
 
 
-def _obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def _native_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the native kernels cannot run here, or None."""
     if device.type != "cpu":
         return f"the tensors are on {device.type}"
     if dtype not in cpu.DTYPES:
         return f"it has no {str(dtype).removeprefix('torch.')}"
     return cpu.unavailable()
+
+
+def _blas_obstacle(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why one BLAS call an expert cannot do it, or None."""
+    if op == "moe_decode":
+        return "it has no such op"
+    if device.type != "cpu" or dtype not in blas.GRAIN:
+        return "it is for float32 and bfloat16 on the CPU"
+    return None
 
 
 @cache

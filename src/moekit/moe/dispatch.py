@@ -6,7 +6,7 @@ an exchange between processes is another kind, and neither router nor experts no
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,9 +38,12 @@ class LocalDispatcher:
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Plan]:
         """Copy each token once for every expert it goes to. Returns rows (R, D) in x's dtype, and the plan."""
         order_A = torch.argsort(routing.expert_ids_A, stable=True)
+        back_A = torch.empty_like(order_A)
+        back_A[order_A] = torch.arange(order_A.shape[0], device=order_A.device)
         counts_E = torch.bincount(routing.expert_ids_A, minlength=routing.num_experts)
-        plan = Plan(routing=routing, order_A=order_A, counts_E=counts_E, input_dtype=x_TD.dtype)
-        return x_TD[routing.token_ids_A[order_A]], plan
+        plan = Plan(routing=routing, order_A=order_A, back_A=back_A, counts_E=counts_E, input_dtype=x_TD.dtype)
+        rows_RD: Tensor = _Spread.apply(x_TD, plan)
+        return rows_RD, plan
 
     def combine(self, rows_RD: Tensor, plan: Plan) -> Tensor:
         """y_t = Σ weight · row over the token's assignments, summed in fp32 (fp64 for fp64 rows) in a fixed order.
@@ -48,14 +51,42 @@ class LocalDispatcher:
         Returns (T, D) in the dtype `dispatch` was given. The order of the sum depends on the token's own
         assignments only, so a token gets the same bits alone and in a batch.
         """
-        routing = plan.routing
-        back_A = torch.empty_like(plan.order_A)
-        back_A[plan.order_A] = torch.arange(back_A.shape[0], device=back_A.device)
         wide = torch.promote_types(rows_RD.dtype, torch.float32)
-        weighted_AD = rows_RD[back_A].to(wide) * routing.weights_A.to(wide).unsqueeze(-1)
-        if routing.top_k is not None:
-            y_TD = weighted_AD.view(routing.num_tokens, routing.top_k, rows_RD.shape[-1]).sum(dim=1)
-        else:
-            y_TD = weighted_AD.new_zeros(routing.num_tokens, rows_RD.shape[-1])
-            y_TD = y_TD.index_add(0, routing.token_ids_A, weighted_AD)
-        return y_TD.to(plan.input_dtype)
+        by_assignment_AD: Tensor = _Reorder.apply(rows_RD, plan.back_A, plan.order_A)
+        weighted_AD = by_assignment_AD.to(wide) * plan.routing.weights_A.to(wide).unsqueeze(-1)
+        return _sum_by_token(weighted_AD, plan.routing).to(plan.input_dtype)
+
+
+def _sum_by_token(values_AD: Tensor, routing: Routing) -> Tensor:
+    """(A, D) → (T, D): the sum over each token's assignments, in their order."""
+    width = values_AD.shape[-1]
+    if routing.top_k is not None:
+        return values_AD.view(routing.num_tokens, routing.top_k, width).sum(dim=1)
+    return values_AD.new_zeros(routing.num_tokens, width).index_add(0, routing.token_ids_A, values_AD)
+
+
+class _Spread(torch.autograd.Function):
+    """One row of x for each assignment, in expert order. Its gradient is a sum of K gathered rows, where autograd,
+    which cannot know that every token comes K times, would scatter them one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        return x_TD.index_select(0, plan.routing.token_ids_A[plan.order_A])
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        return _sum_by_token(grad_RD.index_select(0, ctx.plan.back_A), ctx.plan.routing), None
+
+
+class _Reorder(torch.autograd.Function):
+    """Rows in another order; the gradient takes the inverse order instead of scattering."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_AD: Tensor, index_A: Tensor, inverse_A: Tensor) -> Tensor:
+        ctx.inverse_A = inverse_A
+        return rows_AD.index_select(0, index_A)
+
+    @staticmethod
+    def backward(ctx: Any, grad_AD: Tensor) -> tuple[Tensor, None, None]:
+        return grad_AD.index_select(0, ctx.inverse_A), None, None

@@ -84,11 +84,13 @@ class Plan:
     Attributes:
         routing: the routing that was dispatched.
         order_A: int64, the assignment that each row holds; rows of one expert are contiguous.
+        back_A: int64, the row that holds each assignment: the inverse of order_A.
         counts_E: int64, rows of each expert, in expert order.
         input_dtype: dtype that `combine` returns.
     """
 
     routing: Routing
     order_A: Tensor
+    back_A: Tensor
     counts_E: Tensor
     input_dtype: torch.dtype

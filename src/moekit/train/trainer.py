@@ -29,6 +29,7 @@ from moekit.moe import losses
 from moekit.train.data import Batch, TrainingData
 from moekit.train.evaluate import Evaluation, compute_context, monitor_of, perplexity
 from moekit.train.loss import chunked_cross_entropy
+from moekit.train.memory import freed_memory_kept
 from moekit.train.metrics import MetricsLog, StepMetrics
 from moekit.train.monitor import RoutingMonitor
 from moekit.train.optim import lr_at, make_optimizer, set_lr
@@ -111,7 +112,8 @@ class Trainer:
         """
         started, metrics = time.perf_counter(), None
         self.decoder.train()
-        with MetricsLog(self.run_dir, self.step, self.config.tensorboard) as metrics_log, self._ctrl_c():
+        metrics_log = MetricsLog(self.run_dir, self.step, self.config.tensorboard)
+        with metrics_log, self._ctrl_c(), freed_memory_kept():
             while self.step < self.config.steps:
                 metrics = self._optimizer_step()
                 if self._due(self.config.eval_every, last=evaluate):

