@@ -1,6 +1,7 @@
 """The ops that experts are made of, in the fastest backend that is correct here; `explain()` says which."""
 
 from moekit.kernels.autograd import grouped_mm, grouped_mm_transposed, grouped_outer, moe_decode
+from moekit.kernels.linear import linear
 from moekit.kernels.reference import activate
 from moekit.kernels.select import MOE_DECODE_MAX_TOKENS, explain, forced
 
@@ -12,5 +13,6 @@ __all__ = [
     "grouped_mm",
     "grouped_mm_transposed",
     "grouped_outer",
+    "linear",
     "moe_decode",
 ]

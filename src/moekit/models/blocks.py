@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moekit.config import ModelConfig
 from moekit.kernels import activate
+from moekit.moe import Linear
 
 __all__ = ["DenseMLP", "RMSNorm", "rotary_angles"]
 
@@ -42,9 +43,9 @@ class DenseMLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) → (..., D)."""

@@ -11,15 +11,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from moekit.config import ModelConfig
 from moekit.errors import ConfigError, ContextLengthError
+from moekit.kernels import linear
 from moekit.models.attention import Attention, AttentionInput, attention_mask
 from moekit.models.blocks import DenseMLP, RMSNorm, rotary_angles
 from moekit.models.cache import KVCache
-from moekit.moe import MoE, Routing, RoutingRecord
+from moekit.moe import Linear, MoE, Routing, RoutingRecord
 
 __all__ = ["Block", "Decoder", "DecoderOutput", "Features"]
 
@@ -90,7 +90,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         tied = config.tie_word_embeddings
-        self.head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False)
         self.apply(_initialise)
 
     def forward(
@@ -145,7 +145,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: (..., D) → (..., V)."""
-        return F.linear(hidden, self.head_weight)
+        return linear(hidden, self.head_weight)
 
     @property
     def head_weight(self) -> Tensor:

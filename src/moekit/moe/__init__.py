@@ -4,6 +4,7 @@ from moekit.moe import losses
 from moekit.moe.dispatch import Dispatcher, LocalDispatcher
 from moekit.moe.experts import EXPERTS, GroupedMLP, GroupedSwiGLU, SharedExperts
 from moekit.moe.layer import MoE
+from moekit.moe.linear import Linear
 from moekit.moe.replay import RoutingRecord
 from moekit.moe.router import ROUTERS, TopKRouter
 from moekit.moe.types import Plan, Routing
@@ -14,6 +15,7 @@ __all__ = [
     "Dispatcher",
     "GroupedMLP",
     "GroupedSwiGLU",
+    "Linear",
     "LocalDispatcher",
     "MoE",
     "Plan",

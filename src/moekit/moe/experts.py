@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moekit import kernels
 from moekit.config import MoEConfig
+from moekit.moe.linear import Linear
 from moekit.moe.types import Routing
 from moekit.registry import Registry
 
@@ -136,10 +137,10 @@ class SharedExperts(nn.Module):
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.activation = config.activation
-        self.gate_proj = nn.Linear(config.hidden_size, config.shared_width, bias=config.bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.shared_width, bias=config.bias)
-        self.down_proj = nn.Linear(config.shared_width, config.hidden_size, bias=config.bias)
-        self.gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_gate else None
+        self.gate_proj = Linear(config.hidden_size, config.shared_width, bias=config.bias)
+        self.up_proj = Linear(config.hidden_size, config.shared_width, bias=config.bias)
+        self.down_proj = Linear(config.shared_width, config.hidden_size, bias=config.bias)
+        self.gate = Linear(config.hidden_size, 1, bias=False) if config.shared_gate else None
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) → (T, D)."""
