@@ -9,12 +9,12 @@ namespace {
 // ---- dot: both operands run along k, so nothing is packed -----------------------------------------------------
 
 template <class E, int M, int N>
-inline void accumulate(const E* const* a, const E* b, i64 ldb, i64 k, VecF (&acc)[M][N]) {
+inline void accumulate(const void* const* a, const E* b, i64 ldb, i64 k, VecF (&acc)[M][N]) {
   using A = Arith<E>;
   i64 at = 0;
   for (; at + A::kWide <= k; at += A::kWide) {
     typename A::Loaded left[M];
-    for (int m = 0; m < M; ++m) left[m] = A::load(a[m] + at);
+    for (int m = 0; m < M; ++m) left[m] = A::load(static_cast<const E*>(a[m]) + at);
     for (int n = 0; n < N; ++n) {
       const typename A::Loaded right = A::load(b + n * ldb + at);
       for (int m = 0; m < M; ++m) acc[m][n] = A::mad(left[m], right, acc[m][n]);
@@ -23,12 +23,13 @@ inline void accumulate(const E* const* a, const E* b, i64 ldb, i64 k, VecF (&acc
   if (at == k) return;
   for (int n = 0; n < N; ++n) {
     const typename A::Loaded right = A::load(b + n * ldb + at, k - at);
-    for (int m = 0; m < M; ++m) acc[m][n] = A::mad(A::load(a[m] + at, k - at), right, acc[m][n]);
+    for (int m = 0; m < M; ++m)
+      acc[m][n] = A::mad(A::load(static_cast<const E*>(a[m]) + at, k - at), right, acc[m][n]);
   }
 }
 
 template <class E, class C, int M, int N>
-void dot_block(const E* const* a, const E* b, i64 ldb, C* c, i64 ldc, i64 k) {
+void dot_block(const void* const* a, const E* b, i64 ldb, C* c, i64 ldc, i64 k) {
   VecF acc[M][N] = {};
   accumulate<E, M, N>(a, b, ldb, k, acc);
   for (int m = 0; m < M; ++m)
@@ -39,7 +40,7 @@ void dot_block(const E* const* a, const E* b, i64 ldb, C* c, i64 ldc, i64 k) {
 }
 
 template <class E, class C, int N, int M = kDotRows>
-void dot_rows(const E* const* a, const E* b, i64 ldb, C* c, i64 ldc, i64 m, i64 k) {
+void dot_rows(const void* const* a, const E* b, i64 ldb, C* c, i64 ldc, i64 m, i64 k) {
   for (; m >= M; m -= M, a += M, c += M * ldc) dot_block<E, C, M, N>(a, b, ldb, c, ldc, k);
   if constexpr (M > 1) {
     if (m) dot_rows<E, C, N, M - 1>(a, b, ldb, c, ldc, m, k);
@@ -48,12 +49,11 @@ void dot_rows(const E* const* a, const E* b, i64 ldb, C* c, i64 ldc, i64 m, i64 
 
 template <class E, class C>
 void dot_tile(const void* const* a, const void* b, i64 ldb, void* c, i64 ldc, i64 m, i64 n, i64 k) {
-  const E* const* rows = reinterpret_cast<const E* const*>(a);
   const E* cols = static_cast<const E*>(b);
   C* out = static_cast<C*>(c);
   for (; n >= kDotCols; n -= kDotCols, cols += kDotCols * ldb, out += kDotCols)
-    dot_rows<E, C, kDotCols>(rows, cols, ldb, out, ldc, m, k);
-  for (; n; --n, cols += ldb, ++out) dot_rows<E, C, 1>(rows, cols, ldb, out, ldc, m, k);
+    dot_rows<E, C, kDotCols>(a, cols, ldb, out, ldc, m, k);
+  for (; n; --n, cols += ldb, ++out) dot_rows<E, C, 1>(a, cols, ldb, out, ldc, m, k);
 }
 
 // ---- gemm: both operands packed, A in panels of M rows, B in panels of kGemmN columns -------------------------

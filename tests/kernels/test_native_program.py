@@ -1,0 +1,72 @@
+"""The kernels without Python: csrc/tests/test_ops.cpp under sanitizers, and cross-compiled for arm64 and emulated."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all -g1"
+ARM64_LIBRARIES = "/usr/aarch64-linux-gnu"  # where Debian's cross compiler keeps them
+
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1800)]
+
+
+def tool(package: str, *names: str) -> str:
+    """The path of the first of `names` that is here (also beside this Python); otherwise the test is skipped."""
+    folders = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    for name in names:
+        if path := shutil.which(name, path=folders):
+            return path
+    pytest.skip(f"no {names[0]} here: apt-get install {package}")
+
+
+def output(*command: str | Path) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (
+        f"{command[0]} exited with {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-6000:]}"
+    )
+    return done.stdout
+
+
+def build(folder: Path, *options: str) -> Path:
+    """The test program, built into `folder`."""
+    cmake = tool("cmake", "cmake")
+    output(cmake, "-S", ROOT, "-B", folder, "-DMOEKIT_TESTS=ON", *options)
+    output(cmake, "--build", folder)
+    return folder / "test_ops"
+
+
+def isas_that_passed(program_output: str) -> list[str]:
+    """The instruction sets the program ran on; it must have counted checks on each, and no failure."""
+    isas, verdict = program_output.splitlines()
+    counted = re.fullmatch(r"(\d+) passed, 0 failed", verdict)
+    assert counted, verdict
+    assert int(counted[1]) > 10_000 * len(isas.split())
+    return isas.split()
+
+
+def test_no_memory_error_or_undefined_behaviour_on_any_instruction_set(tmp_path):
+    from moekit.kernels import cpu
+
+    compiler = tool("g++", "g++")
+    program = build(tmp_path, f"-DCMAKE_CXX_COMPILER={compiler}", f"-DCMAKE_CXX_FLAGS={SANITIZE}")
+    assert isas_that_passed(output(program)) == list(cpu.available_isas())
+
+
+def test_arm64_computes_the_same(tmp_path):
+    compiler = tool("g++-aarch64-linux-gnu", "aarch64-linux-gnu-g++")
+    emulator = tool("qemu-user-static", "qemu-aarch64-static", "qemu-aarch64")
+    program = build(
+        tmp_path,
+        "-DCMAKE_SYSTEM_NAME=Linux",
+        "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+        f"-DCMAKE_CXX_COMPILER={compiler}",
+    )
+    assert isas_that_passed(output(emulator, "-L", ARM64_LIBRARIES, program)) == ["portable"]
