@@ -200,7 +200,8 @@ void test_op(const Op& op, const Shape& s, int dtype, Values values, std::vector
       Array out(static_cast<i64>(want.size()), dtype);
       op.native(left.data(), right.data(), s.counts.data(), out.data(),
                 {s.rows(), s.experts(), s.out_width, s.in_width, dtype, count});
-      compare(out, want, dtype, limit, isa + " " + op.name + " " + dtype_name(dtype) + " " + s.name());
+      compare(out, want, dtype, limit,
+              isa + " " + op.name + " " + dtype_name(dtype) + " " + s.name() + " on " + std::to_string(count));
     }
 }
 
@@ -221,7 +222,7 @@ void test_grouped() {
       {{0, 0}, 4, 5, 3},                      // rows of nobody alone
       {{2, 1}, 1, 5, 0},                      // nothing to sum, or nothing to write
       {{2, 1}, 1, 0, 5},                      // the same the other way
-      {{1, 1, 2}, 1, 1, 1},                   //
+      {{1, 1, 2}, 1, 1, 1},                   // no width to speak of
       {{3, 0, 13, 1, 0, 70}, 3, 65, 301},     // empty experts
       {{0, 0, 37, 0}, 2, 24, 48},             // one expert has all
       {{5, 261, 33}, 7, 270, 263},            // past the largest tile in every direction
