@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from moekit import bench
 from moekit.cli import main
 from moekit.commands import doctor, machine
+
+RATES = {"read_gb_s": 48.0, "gemm_fp32_gflop_s": 187.0, "gemm_bf16_gflop_s": 865.0}
 
 
 def test_it_reports_and_measures(capsys):
@@ -15,21 +18,22 @@ def test_it_reports_and_measures(capsys):
     result = json.loads(capsys.readouterr().out)
     assert result["ok"]
     assert result["problems"] == {}
-    assert set(result["measured"]) == {"memory read", "float32 product", "bfloat16 product"}
+    assert set(result["measured"]) == set(RATES)
     assert all(rate > 0 for rate in result["measured"].values())
     assert {choice["op"] for choice in result["kernels"]} >= {"grouped_mm", "moe_decode"}
 
 
 def test_people_get_the_verdict(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "_rates", lambda: {"memory read": 48.0})
+    monkeypatch.setattr(bench, "limits", lambda: RATES)
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "48 GB/s" in out
+    assert "865 GFLOP/s" in out
     assert "moekit can work here." in out
 
 
 def test_too_little_memory_is_a_problem_with_a_remedy(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "_rates", dict)
+    monkeypatch.setattr(bench, "limits", lambda: RATES)
     monkeypatch.setattr(doctor, "available_memory", lambda: 1000)
     assert main(["doctor", "--json"]) == 1
     result = json.loads(capsys.readouterr().out)

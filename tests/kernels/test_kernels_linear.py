@@ -33,19 +33,19 @@ def test_equals_torch(shape, bias, dtype, poisoned):
 
 
 def test_few_rows_without_gradient_run_natively(native_calls):
-    x, weight = torch.randn(2, 8), torch.randn(4, 8)
+    x, weight = torch.randn(2, 8).bfloat16(), torch.randn(4, 8).bfloat16()
     with torch.no_grad():
         kernels.linear(x, weight)
     assert len(native_calls) == 1
 
 
 def test_everything_else_is_torchs(native_calls):
-    x, weight = torch.randn(2, 8), torch.randn(4, 8, requires_grad=True)
+    x, weight = torch.randn(2, 8).bfloat16(), torch.randn(4, 8).bfloat16().requires_grad_()
     kernels.linear(x, weight).sum().backward()
     assert weight.grad is not None
     with torch.no_grad():
-        kernels.linear(torch.randn(5000, 8), weight)
-        kernels.linear(x.double(), weight.double())
+        kernels.linear(torch.randn(5000, 8).bfloat16(), weight)
+        kernels.linear(x.float(), weight.float())
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert kernels.linear(x, weight).dtype == torch.bfloat16
         with kernels.forced("reference"):

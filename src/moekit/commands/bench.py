@@ -49,7 +49,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 def _print(rows: list[Row], console: Console) -> None:
     from rich.table import Table
 
-    table = Table("contender", title=rows[0].what, title_justify="left", title_style="")
+    console.print(f"\n{rows[0].what}", highlight=False, soft_wrap=True)
+    table = Table("contender")
     for column in ("ms", "GFLOP/s", "of dense"):
         table.add_column(column, justify="right")
     for row in rows:

