@@ -11,6 +11,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
 import torch
+from hypothesis import settings
+
+# No deadlines: a busy machine is not a bug. CI draws the same examples every time.
+settings.register_profile("moekit", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("moekit")
 
 
 @pytest.fixture(autouse=True)

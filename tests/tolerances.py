@@ -22,6 +22,53 @@ TOLERANCES = {
     ("decode reference", torch.float32): 3e-6,
 }
 
+# Elsewhere: (relative, absolute), by what is compared.
+NEAR = {
+    # The same sums in fp64, in another order; a few hundred terms.
+    "fp64": (1e-9, 1e-11),
+    # One scalar, or one short sum, in fp64.
+    "fp64 scalar": (1e-12, 1e-12),
+    # A whole tiny model in fp32 beside another implementation: sums in another order, layer after layer.
+    "fp32 model": (1e-4, 1e-5),
+    # The same, where both sides run the same products: only their order differs.
+    "fp32 twin": (1e-5, 1e-5),
+    # Gradients of a tiny model in fp32, which reach down to 1e-6 themselves.
+    "fp32 gradients": (1e-4, 1e-6),
+    # A mean or a loss in fp32.
+    "fp32 scalar": (1e-6, 1e-6),
+    # exp of such a mean, or a loss through a whole model.
+    "fp32 loss": (1e-5, 0.0),
+    # 20 optimizer steps in fp32 on another CPU or PyTorch: each step's rounding feeds the next.
+    "golden curve": (2e-5, 0.0),
+    # 30 layers of a real model in fp32; logits reach 32.
+    "fp32 SmolLM2": (1e-3, 1e-3),
+    # One MoE layer in bf16 along two paths: the hidden row is rounded to 2⁻⁸ in one of them.
+    "bf16 layer": (2e-2, 2e-2),
+    # Weights rounded to bf16 once (2⁻⁸), through a tiny model.
+    "bf16 weights": (5e-2, 1e-1),
+    # A loss computed with bf16 products: independent roundings of 2⁻⁸, averaged over tokens.
+    "bf16 loss": (1e-2, 0.0),
+    # Perplexity of a model and its exact upcycling, as the quickstart promises.
+    "upcycled perplexity": (1e-3, 0.0),
+    # A published figure given to one decimal.
+    "published": (5e-3, 0.0),
+    # The standard deviation of 100,000 draws: 1/√(2n) is 0.002, and some room.
+    "standard deviation of many": (2e-2, 0.0),
+    # The same of 864 draws.
+    "standard deviation of few": (1e-1, 0.0),
+}
+
+
+def near(what: str) -> dict[str, float]:
+    """`rtol` and `atol` for torch's and numpy's comparisons."""
+    rtol, atol = NEAR[what]
+    return {"rtol": rtol, "atol": atol}
+
+
+def rel(what: str) -> float:
+    """The relative one, for pytest.approx."""
+    return NEAR[what][0]
+
 
 def assert_close(got: Tensor, want_fp64: Tensor, what: str, dtype: torch.dtype | None = None) -> None:
     """`got` has the reference's shape, is finite, and is within the tolerance of (what, its dtype)."""

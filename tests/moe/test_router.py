@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from moekit import MoEConfig
 from moekit.errors import UnsupportedError
 from moekit.moe import MoE, Routing, RoutingRecord, TopKRouter
+from tolerances import rel
 
 CASES = [
     {"gate_order": "topk_softmax"},
@@ -75,7 +76,7 @@ def test_initial_scale():
     wide = {"hidden_size": 1000, "intermediate_size": 4, "num_experts": 100, "top_k": 2}
     for scale in (1.0, 0.1):
         std = TopKRouter(MoEConfig(**wide, router_init_scale=scale)).weight.std().item()
-        assert std == pytest.approx((scale / 1000) ** 0.5, rel=0.02)
+        assert std == pytest.approx((scale / 1000) ** 0.5, rel=rel("standard deviation of many"))
 
 
 def test_against_transformers_routers():

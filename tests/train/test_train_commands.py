@@ -13,6 +13,7 @@ from tiny_training import tiny_decoder, write_corpus
 
 from moekit import cli
 from moekit.models import load_decoder, save_decoder
+from tolerances import rel
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_train_writes_a_model_that_eval_reads(model: Path, tmp_path: Path, capsy
         capsys, "eval", run / "model", "--data", tmp_path / "held_out", "--sequence-length", 32, "--autocast", "none"
     )
     assert code == 0, err
-    assert measured["nll"] == pytest.approx(result["valid"]["nll"], rel=1e-6)
+    assert measured["nll"] == pytest.approx(result["valid"]["nll"], rel=rel("fp32 scalar"))
     assert "MaxVio" in err
     assert [layer["layer"] for layer in measured["routing"]] == [0, 1]
 
