@@ -141,7 +141,7 @@ def _report(error: BaseException, as_json: bool) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     if isinstance(error, KeyboardInterrupt):
-        message, code = "interrupted", 130
+        message, code = ": ".join(["interrupted", *map(str, error.args)]), 130
     elif isinstance(error, MoekitError):
         message, code = " ".join(str(error).split()), 2
     else:

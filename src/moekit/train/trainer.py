@@ -126,7 +126,7 @@ class Trainer:
                     self.on_step(metrics)
                 if self._stopping:
                     self._save()
-                    raise KeyboardInterrupt
+                    raise KeyboardInterrupt(f"step {self.step} is saved, and the same command goes on from it")
         if evaluate and self.evaluation is None:
             self._evaluate()
         return TrainResult(self.step, metrics, self.evaluation, self.monitor, time.perf_counter() - started)
