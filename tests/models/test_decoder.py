@@ -159,3 +159,13 @@ def test_bad_input_is_named(decoder):
         decoder(tokens(1, 0))
     with pytest.raises(ConfigError, match="cache cannot be combined"):
         decoder(tokens(1, 3), cache=KVCache(decoder.config), mask=torch.ones(1, 3, dtype=torch.bool))
+
+
+def test_positions_restart_with_each_document():
+    """Seen here alone: rotary attention depends on differences of positions, which a common shift leaves as they are."""
+    from moekit.models.decoder import _positions
+
+    documents = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 0, 0]])
+    expected = [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]]
+    assert _positions(torch.zeros(2, 6), 0, documents).tolist() == expected
+    assert _positions(torch.zeros(2, 3), 4, None).tolist() == [[4, 5, 6]]

@@ -55,13 +55,12 @@ def test_gradients(top_k):
     assert torch.autograd.gradcheck(run, (x, weights))
 
 
-def test_sums_in_fp32_and_returns_the_input_dtype():
-    ids = torch.tensor([[0, 1, 2]])
-    routing = Routing(torch.zeros(3).long(), ids.flatten(), torch.ones(3), torch.zeros(1, 3), top_k=3)
-    x = torch.tensor([[1.0]], dtype=torch.bfloat16)
-    _, plan = LocalDispatcher().dispatch(x, routing)
-    # In bf16 the running sum 256 + 0.5 + 0.5 stays at 256; in fp32 it reaches 257, which rounds to 256 or 258.
-    rows = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
-    out = LocalDispatcher().combine(rows, plan)
+def test_weighs_in_fp32_and_returns_the_input_dtype():
+    ids = torch.tensor([[0, 1]])
+    # 1 + 2⁻¹⁰ is 1 in bf16, where the sum would be 0.
+    weights = torch.tensor([1 + 2**-10, 1.0])
+    routing = Routing(torch.zeros(2).long(), ids.flatten(), weights, torch.zeros(1, 2), top_k=2)
+    _, plan = LocalDispatcher().dispatch(torch.tensor([[1.0]], dtype=torch.bfloat16), routing)
+    out = LocalDispatcher().combine(torch.tensor([[1.0], [-1.0]], dtype=torch.bfloat16), plan)
     assert out.dtype == torch.bfloat16
-    assert out.item() == 258.0
+    assert out.item() == 2**-10
