@@ -162,7 +162,7 @@ def test_bad_input_is_named(decoder):
 
 
 def test_positions_restart_with_each_document():
-    """Seen here alone: rotary attention depends on differences of positions, which a common shift leaves as they are."""
+    """Seen here alone: rotary attention depends on differences of positions, which a common shift leaves alone."""
     from moekit.models.decoder import _positions
 
     documents = torch.tensor([[0, 0, 0, 1, 1, 2], [0, 0, 0, 0, 0, 0]])
