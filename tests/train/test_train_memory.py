@@ -44,6 +44,6 @@ def test_blocks_are_used_again_inside_and_given_back_at_the_end_also_after_an_er
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     measured = json.loads(done.stdout)
     assert measured["outside"] > 0.9
-    assert measured["inside"] < 0.3
+    assert measured["inside"] < 0.3  # none, but for the block or two by which the heap may grow first
     assert measured["held"] > 0.5
     assert measured["after"] < 0.5
