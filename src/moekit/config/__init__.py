@@ -1,0 +1,23 @@
+"""Every configuration, typed, documented where declared and validated once, without importing torch.
+
+The command line builds its flags from these classes. Each `__post_init__` raises `ConfigError`
+(a `ValueError`) that names the field, what was given and what would be accepted.
+"""
+
+from moekit.config.adapt import UpcycleConfig
+from moekit.config.base import from_dict
+from moekit.config.model import ModelConfig
+from moekit.config.moe import Activation, MoEConfig
+from moekit.config.sampling import SamplingConfig
+from moekit.config.train import DataConfig, TrainConfig
+
+__all__ = [
+    "Activation",
+    "DataConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "SamplingConfig",
+    "TrainConfig",
+    "UpcycleConfig",
+    "from_dict",
+]

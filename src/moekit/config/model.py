@@ -1,0 +1,69 @@
+"""A language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moekit.config.base import check, positive
+from moekit.config.moe import MoEConfig
+
+__all__ = ["ModelConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only language model, in the field names of Hugging Face where they exist."""
+
+    arch: str
+    """Row of `models.archs` the model is read from and written as, for example llama or mixtral."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    """Inner width of the dense MLPs (unused when every layer is MoE)."""
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    qk_norm: bool = False
+    """RMSNorm on each head's query and key (Qwen3)."""
+    attention_bias: bool = False
+    moe: MoEConfig | None = None
+    """The MoE layer; None makes a dense model."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers that keep a dense MLP although moe is set."""
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    router_aux_loss_coef: float = 0.0
+    """Load-balancing coefficient the model was trained with; what `train` uses unless told otherwise."""
+
+    def __post_init__(self) -> None:
+        positive(self, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        positive(self, "num_key_value_heads", "head_dim", "max_position_embeddings")
+        check(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+            f"num_key_value_heads ({self.num_key_value_heads})",
+        )
+        check(self.head_dim % 2 == 0, f"head_dim must be even for rotary embeddings, not {self.head_dim}")
+        check(self.rope_theta > 0, f"rope_theta must be above 0, not {self.rope_theta}")
+        if self.moe is not None:
+            check(
+                self.moe.hidden_size == self.hidden_size,
+                f"moe.hidden_size ({self.moe.hidden_size}) must equal hidden_size ({self.hidden_size})",
+            )
+        for layer in self.dense_layers:
+            check(0 <= layer < self.num_hidden_layers, f"dense_layers names layer {layer}, which does not exist")
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether layer number `layer` (from 0) holds an MoE instead of a dense MLP."""
+        return self.moe is not None and layer not in self.dense_layers
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Numbers of the MoE layers, in order."""
+        return tuple(i for i in range(self.num_hidden_layers) if self.is_moe_layer(i))
