@@ -5,11 +5,12 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from moekit.commands.options import ModelPath
+from moekit.config import Autocast
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +33,7 @@ class Options:
     """Tokens in a row; a token is predicted from those before it in its row and document."""
     batch_size: int = 4
     """Rows computed at a time."""
-    autocast: Literal["bfloat16", "none"] = "bfloat16"
+    autocast: Autocast = "auto"
     """Compute dtype over the stored weights."""
 
 

@@ -9,10 +9,11 @@ from moekit.config.base import from_dict
 from moekit.config.model import ModelConfig
 from moekit.config.moe import Activation, MoEConfig
 from moekit.config.sampling import SamplingConfig
-from moekit.config.train import DataConfig, TrainConfig
+from moekit.config.train import Autocast, DataConfig, TrainConfig
 
 __all__ = [
     "Activation",
+    "Autocast",
     "DataConfig",
     "MoEConfig",
     "ModelConfig",

@@ -7,7 +7,9 @@ from typing import Literal
 
 from moekit.config.base import check, choice, positive
 
-__all__ = ["DataConfig", "TrainConfig"]
+__all__ = ["Autocast", "DataConfig", "TrainConfig"]
+
+Autocast = Literal["auto", "bfloat16", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +60,9 @@ class TrainConfig:
     """Weight of the Switch load-balancing loss; the model's own router_aux_loss_coef when not given."""
     z_coef: float = 0.0
     """Weight of the router z-loss."""
-    autocast: Literal["bfloat16", "none"] = "bfloat16"
-    """Compute dtype over fp32 master weights; routers, norms and losses stay in fp32."""
+    autocast: Autocast = "auto"
+    """Compute dtype over fp32 master weights; routers, norms and losses stay in fp32. auto takes bfloat16 where the
+    machine multiplies it faster than fp32."""
     checkpointing: Literal["none", "moe", "block"] = "none"
     """Recompute MoE layers, or whole blocks, during backward instead of keeping their activations."""
     save_every: int = 50
@@ -84,5 +87,5 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             check(0 <= value < 1, f"{name} must lie in [0, 1), not {value}")
-        choice(self, "autocast", ("bfloat16", "none"))
+        choice(self, "autocast", ("auto", "bfloat16", "none"))
         choice(self, "checkpointing", ("none", "moe", "block"))

@@ -3,12 +3,13 @@
 from moekit.kernels.autograd import grouped_mm, grouped_mm_transposed, grouped_outer, moe_decode
 from moekit.kernels.linear import linear
 from moekit.kernels.reference import activate
-from moekit.kernels.select import MOE_DECODE_MAX_TOKENS, explain, forced
+from moekit.kernels.select import MOE_DECODE_MAX_TOKENS, explain, fast_bf16, forced
 
 __all__ = [
     "MOE_DECODE_MAX_TOKENS",
     "activate",
     "explain",
+    "fast_bf16",
     "forced",
     "grouped_mm",
     "grouped_mm_transposed",

@@ -10,16 +10,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
+from moekit.config import Autocast
+from moekit.kernels import fast_bf16
 from moekit.models.decoder import Decoder
 from moekit.train.data import Rows, TextTokenizer, find_files, tokenise
 from moekit.train.loss import chunked_cross_entropy
 from moekit.train.monitor import RoutingMonitor
 
-__all__ = ["Evaluation", "compute_context", "perplexity", "perplexity_of_files"]
+__all__ = ["Evaluation", "autocast_dtype", "compute_context", "perplexity", "perplexity_of_files"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,7 @@ def perplexity(
     decoder: Decoder,
     rows: Rows,
     *,
-    autocast: Literal["bfloat16", "none"] = "none",
+    autocast: Autocast = "none",
     batch_size: int = 4,
     max_rows: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -70,7 +71,7 @@ def perplexity(
                 decoder.head_weight,
                 batch.labels_BL.flatten(),
                 denominator=1,
-                dtype=torch.bfloat16 if autocast == "bfloat16" else None,
+                dtype=autocast_dtype(decoder, autocast),
             ).item()
             tokens += batch.num_labels
             done += len(batch.input_ids_BL)
@@ -89,7 +90,7 @@ def perplexity_of_files(
     *,
     text_field: str = "text",
     sequence_length: int = 256,
-    autocast: Literal["bfloat16", "none"] = "none",
+    autocast: Autocast = "none",
     batch_size: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -98,10 +99,17 @@ def perplexity_of_files(
     return perplexity(decoder, rows, autocast=autocast, batch_size=batch_size, progress=progress)
 
 
-def compute_context(decoder: Decoder, autocast: Literal["bfloat16", "none"]) -> AbstractContextManager[object]:
-    """Autocast to bfloat16 on the decoder's device, or autocast off."""
-    device = decoder.embed.weight.device.type
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=autocast == "bfloat16")
+def compute_context(decoder: Decoder, autocast: Autocast) -> AbstractContextManager[object]:
+    """Autocast to the dtype of `autocast_dtype` on the decoder's device, or autocast off."""
+    dtype = autocast_dtype(decoder, autocast)
+    return torch.autocast(decoder.embed.weight.device.type, dtype=torch.bfloat16, enabled=dtype is not None)
+
+
+def autocast_dtype(decoder: Decoder, autocast: Autocast) -> torch.dtype | None:
+    """bfloat16, or None for the weights' own; `auto` is bfloat16 where the decoder's device multiplies it fast."""
+    if autocast == "auto":
+        return torch.bfloat16 if fast_bf16(decoder.embed.weight.device) else None
+    return torch.bfloat16 if autocast == "bfloat16" else None
 
 
 def monitor_of(decoder: Decoder) -> RoutingMonitor:

@@ -27,7 +27,7 @@ from moekit.errors import ConfigError, DivergenceError
 from moekit.models.decoder import Decoder
 from moekit.moe import losses
 from moekit.train.data import Batch, TrainingData
-from moekit.train.evaluate import Evaluation, compute_context, monitor_of, perplexity
+from moekit.train.evaluate import Evaluation, autocast_dtype, compute_context, monitor_of, perplexity
 from moekit.train.loss import chunked_cross_entropy
 from moekit.train.memory import freed_memory_kept
 from moekit.train.metrics import MetricsLog, StepMetrics
@@ -89,7 +89,10 @@ class Trainer:
         *,
         on_step: Callable[[StepMetrics], None] | None = None,
     ) -> None:
-        self.decoder, self.data, self.config = decoder.float(), data, config
+        self.decoder, self.data = decoder.float(), data
+        # Settled now, so that a checkpoint says what its numbers were made with.
+        narrow = autocast_dtype(decoder, config.autocast) is not None
+        self.config = config = dataclasses.replace(config, autocast="bfloat16" if narrow else "none")
         self.run_dir = Path(run_dir)
         self.on_step = on_step
         self.is_moe = bool(decoder.config.moe_layers)
@@ -178,7 +181,7 @@ class Trainer:
                 self.decoder.head_weight,
                 batch.labels_BL.flatten(),
                 denominator=labels,
-                dtype=torch.bfloat16 if self.config.autocast == "bfloat16" else None,
+                dtype=autocast_dtype(self.decoder, self.config.autocast),
             )
         balance = z = torch.zeros(())
         if self.is_moe:
