@@ -9,7 +9,8 @@ from twins import TWINS, tokens, write
 
 from moekit.errors import ConfigError, ContextLengthError
 from moekit.models import KVCache, load_decoder
-from moekit.moe import replay
+from moekit.moe import TopKRouter
+from moekit.moe.router import top
 from tolerances import near
 
 
@@ -104,14 +105,14 @@ def test_recomputing_gives_the_same_gradients(decoder, checkpointing):
 def test_recomputing_follows_the_recorded_routes(decoder, checkpointing, monkeypatch):
     """Turn the routers round between forward and backward: a recompute that chose again would choose others."""
     seen = []
-    original = replay.replayed
+    original = TopKRouter.forward
 
-    def spy(choose, logits_TE):
-        ids = original(choose, logits_TE)
-        seen.append((ids, choose(logits_TE)))
-        return ids
+    def spy(router, *args):
+        routing = original(router, *args)
+        seen.append((routing.expert_ids_TK, top(routing.logits_TE, routing.top_k)))
+        return routing
 
-    monkeypatch.setattr("moekit.moe.router.replayed", spy)
+    monkeypatch.setattr(TopKRouter, "forward", spy)
     loss = losses(decoder, tokens(2, 11), checkpointing=checkpointing)
     forward = [used for used, _ in seen]
     with torch.no_grad():

@@ -28,9 +28,9 @@ def test_any_flat_routing(routing):
     rows, plan = dispatcher.dispatch(x, routing)
     assert plan.counts_E.tolist() == [(routing.expert_ids_A == e).sum() for e in range(routing.num_experts)]
     # Each row holds the token of its assignment, and the experts' rows follow one another.
-    experts_of_rows = routing.expert_ids_A[plan.order_A]
+    experts_of_rows = routing.expert_ids_A[plan.order_R]
     assert experts_of_rows.tolist() == sorted(routing.expert_ids_A.tolist())
-    assert torch.equal(rows, x[routing.token_ids_A[plan.order_A]])
+    assert torch.equal(rows, x[routing.token_ids_A[plan.order_R]])
     # "Expert e multiplies by e + 1", by a loop.
     out = dispatcher.combine(rows * (experts_of_rows + 1)[:, None], plan)
     expected = torch.zeros_like(x)

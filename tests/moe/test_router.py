@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moekit import MoEConfig
 from moekit.errors import UnsupportedError
-from moekit.moe import MoE, Routing, RoutingRecord, TopKRouter
+from moekit.moe import Choice, MoE, Routing, RoutingRecord, TopKRouter
 from tolerances import rel
 
 CASES = [
@@ -119,8 +119,8 @@ def test_irregular_routing_has_no_regular_view():
 class Noisy(TopKRouter):
     """Chooses differently each time, as a router with noise or on another kernel would."""
 
-    def _choose(self, logits_TE):
-        return torch.stack([torch.randperm(logits_TE.shape[1])[: self.top_k] for _ in logits_TE])
+    def _choose(self, gate_TE, mask_T, input_ids_T):
+        return Choice.regular(torch.stack([torch.randperm(gate_TE.shape[1])[: self.config.top_k] for _ in gate_TE]))
 
 
 def test_recomputation_repeats_the_recorded_choice_with_live_weights():
@@ -128,17 +128,17 @@ def test_recomputation_repeats_the_recorded_choice_with_live_weights():
     layer.router.__class__ = Noisy
     x = torch.randn(9, 10, requires_grad=True)
     record = RoutingRecord()
-    y, routing = checkpoint(layer, x, use_reentrant=False, context_fn=record.contexts, preserve_rng_state=False)
+    y, routing = checkpoint(record.wrap(layer), x, use_reentrant=False, preserve_rng_state=False)
     chosen = routing.expert_ids_TK.clone()
     seed = torch.randn_like(y)
     (y * seed).sum().backward()
-    assert torch.equal(record.choices[0], chosen)
+    assert torch.equal(record.decisions[0].options.expert_ids_A, chosen.flatten())
     got = {name: p.grad.clone() for name, p in layer.named_parameters()} | {"x": x.grad.clone()}
 
     # The same choice without checkpointing: every gradient must agree, the router's included.
     layer.zero_grad()
     x.grad = None
-    layer.router._choose = lambda _: chosen
+    layer.router._choose = lambda *_: Choice.regular(chosen)
     (layer(x)[0] * seed).sum().backward()
     expected = {name: p.grad for name, p in layer.named_parameters()} | {"x": x.grad}
     for name, value in expected.items():
@@ -158,4 +158,4 @@ def test_replay_binds_nothing_outside_its_block():
     assert torch.equal(replayed.expert_ids_TK, first)
     assert torch.equal(replayed.logits_TE, x @ router.weight.T)  # live scores
     assert not torch.equal(router(x).expert_ids_TK, first)
-    assert len(record.choices) == 1
+    assert len(record.decisions) == 1

@@ -7,17 +7,49 @@ The command line builds its flags from these classes. Each `__post_init__` raise
 from moekit.config.adapt import UpcycleConfig
 from moekit.config.base import from_dict
 from moekit.config.model import ModelConfig
-from moekit.config.moe import Activation, MoEConfig
+from moekit.config.moe import Activation, CapacityConfig, ExpertGroup, MoEConfig
+from moekit.config.routers import (
+    ROUTER_OPTIONS,
+    ExpertChoiceOptions,
+    GateOptions,
+    GroupLimit,
+    GShardOptions,
+    GumbelOptions,
+    HashOptions,
+    HierarchicalOptions,
+    NoisyTopKOptions,
+    RouterOptions,
+    SigmoidOptions,
+    SinkhornOptions,
+    TopKOptions,
+    TopPOptions,
+)
 from moekit.config.sampling import SamplingConfig
 from moekit.config.train import Autocast, DataConfig, TrainConfig
 
 __all__ = [
+    "ROUTER_OPTIONS",
     "Activation",
     "Autocast",
+    "CapacityConfig",
     "DataConfig",
+    "ExpertChoiceOptions",
+    "ExpertGroup",
+    "GShardOptions",
+    "GateOptions",
+    "GroupLimit",
+    "GumbelOptions",
+    "HashOptions",
+    "HierarchicalOptions",
     "MoEConfig",
     "ModelConfig",
+    "NoisyTopKOptions",
+    "RouterOptions",
     "SamplingConfig",
+    "SigmoidOptions",
+    "SinkhornOptions",
+    "TopKOptions",
+    "TopPOptions",
     "TrainConfig",
     "UpcycleConfig",
     "from_dict",

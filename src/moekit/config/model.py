@@ -56,6 +56,11 @@ class ModelConfig:
                 self.moe.hidden_size == self.hidden_size,
                 f"moe.hidden_size ({self.moe.hidden_size}) must equal hidden_size ({self.hidden_size})",
             )
+            check(
+                self.moe.options.causal,
+                f"router {self.moe.router} lets later tokens change what earlier ones get: it cannot be used in a "
+                "model that predicts the next token",
+            )
         for layer in self.dense_layers:
             check(0 <= layer < self.num_hidden_layers, f"dense_layers names layer {layer}, which does not exist")
 

@@ -28,6 +28,7 @@ class AttentionInput:
         allowed_BLS: bool (B or 1, 1, L, S), True where a query may look; None means plain causal.
         mask_BL: bool, True for real tokens; None when all are.
         cache: keys and values of the past, or None.
+        ids_BL: int64, the tokens, for routers that read them.
     """
 
     cos_BLd: Tensor
@@ -35,6 +36,7 @@ class AttentionInput:
     allowed_BLS: Tensor | None
     mask_BL: Tensor | None
     cache: KVCache | None
+    ids_BL: Tensor
 
 
 class Attention(nn.Module):

@@ -60,17 +60,15 @@ class Block(nn.Module):
         if not isinstance(self.mlp, MoE):
             return x_BLD + self.mlp(h_BLD), None
         if recompute_moe:
-            y_BLD, routing = recomputed(self.mlp, h_BLD, inputs.mask_BL)
+            y_BLD, routing = recomputed(self.mlp, h_BLD, inputs.mask_BL, inputs.ids_BL)
         else:
-            y_BLD, routing = self.mlp(h_BLD, inputs.mask_BL)
+            y_BLD, routing = self.mlp(h_BLD, inputs.mask_BL, inputs.ids_BL)
         return x_BLD + y_BLD, routing
 
 
 def recomputed(module: nn.Module, *args: object) -> tuple[Tensor, Routing | None]:
     """Run `module`, keep none of its activations, and compute them again in backward along the recorded routes."""
-    result: tuple[Tensor, Routing | None] = checkpoint(
-        module, *args, use_reentrant=False, context_fn=RoutingRecord().contexts
-    )
+    result: tuple[Tensor, Routing | None] = checkpoint(RoutingRecord().wrap(module), *args, use_reentrant=False)
     return result
 
 
@@ -166,7 +164,7 @@ class Decoder(nn.Module):
             raise ConfigError("a cache cannot be combined with document_ids or mask")
         cos, sin = rotary_angles(_positions(input_ids, past, document_ids), self.config)
         allowed = attention_mask(length, past, document_ids, mask)
-        return AttentionInput(cos, sin, allowed, mask, cache)
+        return AttentionInput(cos, sin, allowed, mask, cache, input_ids)
 
 
 def _positions(input_ids: Tensor, past: int, document_ids: Tensor | None) -> Tensor:

@@ -6,22 +6,37 @@ from moekit.moe.experts import EXPERTS, GroupedMLP, GroupedSwiGLU, SharedExperts
 from moekit.moe.layer import MoE
 from moekit.moe.linear import Linear
 from moekit.moe.replay import RoutingRecord
-from moekit.moe.router import ROUTERS, TopKRouter
-from moekit.moe.types import Plan, Routing
+from moekit.moe.router import ROUTERS, Router, SigmoidRouter, TopKRouter
+from moekit.moe.router_adaptive import HierarchicalRouter, TopPRouter
+from moekit.moe.router_balanced import ExpertChoiceRouter, HashRouter, SinkhornRouter
+from moekit.moe.router_noisy import GShardRouter, GumbelRouter, NoisyTopKRouter
+from moekit.moe.types import Choice, Plan, Routing, RoutingTotals
 
 __all__ = [
     "EXPERTS",
     "ROUTERS",
+    "Choice",
     "Dispatcher",
+    "ExpertChoiceRouter",
+    "GShardRouter",
     "GroupedMLP",
     "GroupedSwiGLU",
+    "GumbelRouter",
+    "HashRouter",
+    "HierarchicalRouter",
     "Linear",
     "LocalDispatcher",
     "MoE",
+    "NoisyTopKRouter",
     "Plan",
+    "Router",
     "Routing",
     "RoutingRecord",
+    "RoutingTotals",
     "SharedExperts",
+    "SigmoidRouter",
+    "SinkhornRouter",
     "TopKRouter",
+    "TopPRouter",
     "losses",
 ]

@@ -36,12 +36,19 @@ class LocalDispatcher:
     """
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Plan]:
-        """Copy each token once for every expert it goes to. Returns rows (R, D) in x's dtype, and the plan."""
+        """Copy each token once for every expert it goes to. Returns rows (R, D) in x's dtype, and the plan.
+
+        With `routing.rows_per_expert` each expert gets that many rows, those nobody sent being zeros.
+        """
         order_A = torch.argsort(routing.expert_ids_A, stable=True)
-        back_A = torch.empty_like(order_A)
-        back_A[order_A] = torch.arange(order_A.shape[0], device=order_A.device)
         counts_E = torch.bincount(routing.expert_ids_A, minlength=routing.num_experts)
-        plan = Plan(routing=routing, order_A=order_A, back_A=back_A, counts_E=counts_E, input_dtype=x_TD.dtype)
+        order_R = order_A if routing.rows_per_expert is None else _padded(order_A, counts_E, routing.rows_per_expert)
+        used_R = order_R < order_A.shape[0]
+        back_A = torch.empty_like(order_A)
+        back_A[order_R[used_R]] = used_R.nonzero().squeeze(1)
+        if routing.rows_per_expert is not None:
+            counts_E = torch.full_like(counts_E, routing.rows_per_expert)
+        plan = Plan(routing=routing, order_R=order_R, back_A=back_A, counts_E=counts_E, input_dtype=x_TD.dtype)
         rows_RD: Tensor = _Spread.apply(x_TD, plan)
         return rows_RD, plan
 
@@ -52,7 +59,7 @@ class LocalDispatcher:
         assignments only, so a token gets the same bits alone and in a batch.
         """
         wide = torch.promote_types(rows_RD.dtype, torch.float32)
-        by_assignment_AD: Tensor = _Reorder.apply(rows_RD, plan.back_A, plan.order_A)
+        by_assignment_AD: Tensor = _Reorder.apply(rows_RD, plan)
         weighted_AD = by_assignment_AD.to(wide) * plan.routing.weights_A.to(wide).unsqueeze(-1)
         return _sum_by_token(weighted_AD, plan.routing).to(plan.input_dtype)
 
@@ -65,6 +72,21 @@ def _sum_by_token(values_AD: Tensor, routing: Routing) -> Tensor:
     return values_AD.new_zeros(routing.num_tokens, width).index_add(0, routing.token_ids_A, values_AD)
 
 
+def _padded(order_A: Tensor, counts_E: Tensor, rows: int) -> Tensor:
+    """(E · rows,): the sorted assignments with each expert's filled up to `rows`, by A, which stands for none."""
+    assignments, experts = order_A.shape[0], counts_E.shape[0]
+    shift_E = torch.arange(experts, device=order_A.device) * rows - (counts_E.cumsum(0) - counts_E)
+    row_A = torch.arange(assignments, device=order_A.device) + shift_E.repeat_interleave(counts_E)
+    return order_A.new_full((experts * rows,), assignments).index_copy(0, row_A, order_A)
+
+
+def _rows(values_AD: Tensor, plan: Plan) -> Tensor:
+    """(A, D) by assignment to (R, D) by row; rows of padding are zeros."""
+    if plan.routing.rows_per_expert is not None:
+        values_AD = torch.cat([values_AD, values_AD.new_zeros(1, values_AD.shape[1])])
+    return values_AD.index_select(0, plan.order_R)
+
+
 class _Spread(torch.autograd.Function):
     """One row of x for each assignment, in expert order. Its gradient is a sum of K gathered rows, where autograd,
     which cannot know that every token comes K times, would scatter them one by one."""
@@ -72,7 +94,10 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, plan: Plan) -> Tensor:
         ctx.plan = plan
-        return x_TD.index_select(0, plan.routing.token_ids_A[plan.order_A])
+        tokens_A, order_R = plan.routing.token_ids_A, plan.order_R
+        if plan.routing.rows_per_expert is None:
+            return x_TD.index_select(0, tokens_A[order_R])
+        return _rows(x_TD.index_select(0, tokens_A), plan)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
@@ -80,13 +105,13 @@ class _Spread(torch.autograd.Function):
 
 
 class _Reorder(torch.autograd.Function):
-    """Rows in another order; the gradient takes the inverse order instead of scattering."""
+    """Rows back by assignment; the gradient takes the inverse order instead of scattering."""
 
     @staticmethod
-    def forward(ctx: Any, rows_AD: Tensor, index_A: Tensor, inverse_A: Tensor) -> Tensor:
-        ctx.inverse_A = inverse_A
-        return rows_AD.index_select(0, index_A)
+    def forward(ctx: Any, rows_RD: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        return rows_RD.index_select(0, plan.back_A)
 
     @staticmethod
-    def backward(ctx: Any, grad_AD: Tensor) -> tuple[Tensor, None, None]:
-        return grad_AD.index_select(0, ctx.inverse_A), None, None
+    def backward(ctx: Any, grad_AD: Tensor) -> tuple[Tensor, None]:
+        return _rows(grad_AD, ctx.plan), None

@@ -36,12 +36,14 @@ class MoE(nn.Module):
         self.shared = SharedExperts(config) if config.num_shared_experts else None
         self.dispatcher = dispatcher or LocalDispatcher()
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, mask: Tensor | None = None, input_ids: Tensor | None = None) -> tuple[Tensor, Routing]:
         """Run the layer on x (..., D).
 
         Args:
             x: hidden states, any float dtype.
-            mask: bool (...), True for real tokens; the others are computed but never counted.
+            mask: bool (...), True for real tokens; the others are computed but never counted, and with a capacity
+                they take no room and come out as 0.
+            input_ids: int64 (...), the tokens' ids in the vocabulary, for a router that reads them (hash).
         Returns:
             y in the shape and dtype of x, and the `Routing` for losses and monitors.
         Raises:
@@ -50,7 +52,7 @@ class MoE(nn.Module):
         if x.shape[-1] != self.config.hidden_size:
             raise ConfigError(f"the layer's hidden_size is {self.config.hidden_size}, but x has {x.shape[-1]} features")
         x_TD = x.reshape(-1, x.shape[-1])
-        routing: Routing = self.router(x_TD, None if mask is None else mask.reshape(-1))
+        routing: Routing = self.router(x_TD, _flat(mask), _flat(input_ids))
         if self.experts.can_decode(x_TD, routing):
             y_TD = self.experts.decode(x_TD, routing)
         else:
@@ -60,3 +62,7 @@ class MoE(nn.Module):
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD).to(y_TD.dtype)
         return y_TD.view(x.shape), routing
+
+
+def _flat(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.reshape(-1)

@@ -1,81 +1,308 @@
 """Routers: hidden states in, `Routing` out. Scores, choice and weights are always computed in float32.
 
-Shapes: T tokens, D hidden, E experts, K experts a token.
+A router is four steps: score, decide (choose, then let capacity limit the choice), weigh, and, once an optimizer
+step, `after_step`. A kind of router replaces one or two of them. The decision can be replayed; the rest is live.
+Shapes: T tokens, D hidden, E experts, K experts a token, A assignments, G groups of experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from moekit.config import MoEConfig
-from moekit.moe.replay import replayed
-from moekit.moe.types import Routing
+from moekit.config import GateOptions, GroupLimit, MoEConfig, SigmoidOptions, TopKOptions
+from moekit.moe.capacity import limit, slots_of
+from moekit.moe.replay import Decision, keep, next_decision
+from moekit.moe.types import Choice, Routing, RoutingTotals
 from moekit.registry import Registry
 
-__all__ = ["ROUTERS", "TopKRouter"]
+__all__ = [
+    "ROUTERS",
+    "Noise",
+    "Router",
+    "Scores",
+    "SigmoidRouter",
+    "TopKRouter",
+    "normalised",
+    "picked",
+    "softmax_by_token",
+    "top",
+    "within_groups",
+]
 
-ROUTERS: Registry[type[nn.Module]] = Registry("router")
+ROUTERS: Registry[type[Router]] = Registry("router")
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What a router computes from the hidden states, with its gradient.
+
+    Attributes:
+        logits_TE: float32, without added noise: for the losses.
+        gate_TE: float32, what experts are chosen by and weights are made from: the logits, with the noise of training.
+        load_TE: as in `Routing`.
+    """
+
+    logits_TE: Tensor
+    gate_TE: Tensor
+    load_TE: Tensor | None = None
+
+
+class Noise:
+    """Random numbers that are a pure function of a seed, so that a replayed decision meets the same noise."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._device = device
+
+    def normal(self, *shape: int) -> Tensor:
+        """N(0, 1), float32."""
+        return torch.randn(*shape, generator=self._generator, device=self._device)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """U(0, 1), float32."""
+        return torch.rand(*shape, generator=self._generator, device=self._device)
+
+
+class Router(nn.Module):
+    """What every router does; a kind overrides `_score`, `_choose`, `_weigh` or `after_step`.
+
+    Parameter `weight` (gate rows, D) keeps its own dtype; the product is fp32 even under autocast. Buffers named in
+    `fp32_buffers` stay fp32 through `.to(bfloat16)` and are saved with the weights.
+    """
+
+    fp32_buffers: tuple[str, ...] = ()
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.options: Any = config.options
+        rows = config.options.gate_rows(config.num_experts)
+        self.weight = nn.Parameter(torch.empty(rows, config.hidden_size)) if rows else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the gate's rows from N(0, init_scale / D) (2101.03961 §2.4 uses a scale of 0.1)."""
+        if self.weight is not None:
+            nn.init.normal_(self.weight, std=(self.config.router_init_scale / self.weight.shape[1]) ** 0.5)
+
+    def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, input_ids_T: Tensor | None = None) -> Routing:
+        """Route (T, D) hidden states of any float dtype.
+
+        Args:
+            mask_T: bool, True for real tokens.
+            input_ids_T: int64, the tokens' ids in the vocabulary; only the hash router reads them.
+        """
+        past = next_decision(x_TD.shape[0], self.config.num_experts)
+        seed = past.seed if past is not None else self._seed()
+        with torch.autocast(x_TD.device.type, enabled=False):
+            scores = self._score(x_TD, None if seed is None else Noise(seed, x_TD.device))
+            decision = keep(past or self._decide(scores, mask_T, input_ids_T, seed))
+            return self._routing(scores, decision, mask_T)
+
+    def after_step(self, totals: RoutingTotals) -> None:
+        """Learn from a whole optimizer step's totals, of all micro-batches and processes; most routers need not."""
+
+    def _seed(self) -> int | None:
+        """A new seed where this pass has noise. Drawn from torch's own generator, so that torch.manual_seed rules."""
+        noisy = self.training and self._is_noisy()
+        return int(torch.randint(1 << 62, ())) if noisy else None
+
+    def _is_noisy(self) -> bool:
+        return isinstance(self.options, GateOptions) and (self.options.jitter > 0 or self.options.noise_std > 0)
+
+    def _score(self, x_TD: Tensor, noise: Noise | None) -> Scores:
+        """The gate's product, with input jitter and Gaussian noise where there is any."""
+        logits_TE = self._product(x_TD, noise)
+        if noise is None or not self.options.noise_std:
+            return Scores(logits_TE, logits_TE)
+        return Scores(logits_TE, logits_TE + self.options.noise_std * noise.normal(*logits_TE.shape))
+
+    def _product(self, x_TD: Tensor, noise: Noise | None) -> Tensor:
+        """x · Wᵀ in fp32 (fp64 for fp64)."""
+        assert self.weight is not None
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        x_TD = x_TD.to(wide)
+        jitter = getattr(self.options, "jitter", 0.0)
+        if noise is not None and jitter:
+            x_TD = x_TD * (1 + jitter * (2 * noise.uniform(*x_TD.shape) - 1))
+        return x_TD @ self.weight.to(wide).T
+
+    def _selection(self, gate_TE: Tensor) -> Tensor:
+        """What the experts of a token are ranked by; −inf puts one out of the question."""
+        return gate_TE
+
+    def _choose(self, gate_TE: Tensor, mask_T: Tensor | None, input_ids_T: Tensor | None) -> Choice:
+        """The experts of each token, from detached gates."""
+        return Choice.regular(top(self._selection(gate_TE), self.config.top_k))
+
+    def _weigh(self, gate_TE: Tensor, choice: Choice) -> Tensor:
+        """(A,): the weight of each assignment, as if the choice were all there is."""
+        if self.config.gate_order == "topk_softmax":
+            return softmax_by_token(picked(gate_TE, choice), choice, gate_TE.shape[0])
+        probs_A = picked(gate_TE.softmax(dim=-1), choice)
+        return normalised(probs_A, choice, gate_TE.shape[0]) if self.config.norm_topk_prob else probs_A
+
+    def _decide(self, scores: Scores, mask_T: Tensor | None, input_ids_T: Tensor | None, seed: int | None) -> Decision:
+        gate_TE = scores.gate_TE.detach()
+        choice = self._choose(gate_TE, mask_T, input_ids_T)
+        return self._limited(choice, gate_TE, mask_T, seed)
+
+    def _limited(self, choice: Choice, gate_TE: Tensor, mask_T: Tensor | None, seed: int | None) -> Decision:
+        """The choice after capacity."""
+        capacity = self.config.capacity
+        if capacity is None:
+            return Decision(choice, seed=seed)
+        real = gate_TE.shape[0] if mask_T is None else int(mask_T.sum())
+        rows = capacity.of(real, self.config.num_experts, self.config.top_k)
+        moved, kept_A = limit(choice, self._selection(gate_TE), rows, capacity, mask_T)
+        if capacity.lost_weight == "renormalise" and not kept_A.all():
+            moved, kept_A = moved.where(kept_A), torch.ones_like(kept_A[kept_A])
+        return Decision(moved, kept_A, choice, seed, rows if capacity.pad else None)
+
+    def _routing(self, scores: Scores, decision: Decision, mask_T: Tensor | None) -> Routing:
+        choice = decision.options
+        weights_A = self._weigh(scores.gate_TE, choice)
+        if decision.kept_A is not None and not decision.kept_A.all():
+            choice, weights_A = choice.where(decision.kept_A), weights_A[decision.kept_A]
+        scale = self.config.routed_scaling_factor
+        return Routing(
+            token_ids_A=choice.token_ids_A,
+            expert_ids_A=choice.expert_ids_A,
+            weights_A=weights_A * scale if scale != 1.0 else weights_A,
+            logits_TE=scores.logits_TE,
+            top_k=choice.top_k,
+            mask_T=mask_T,
+            chosen=decision.chosen,
+            score_function="sigmoid" if self.options.sigmoid else "softmax",
+            load_TE=scores.load_TE,
+            rows_per_expert=decision.rows_per_expert,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Move buffers as any module does, but leave the fp32 ones their dtype, and so every bit of their value."""
+        before = {name: self._buffers[name] for name in self.fp32_buffers}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            moved = self._buffers[name]
+            if value is not None and moved is not None and moved.dtype != value.dtype:
+                self._buffers[name] = moved.to(value.dtype) if value.is_meta else value.to(moved.device)
+        return self
+
+    def extra_repr(self) -> str:
+        config = self.config
+        return (
+            f"hidden_size={config.hidden_size}, num_experts={config.num_experts}, top_k={config.top_k}, "
+            f"{config.gate_order if config.options.gated else config.router}"
+        )
 
 
 @ROUTERS.register("topk")
-class TopKRouter(nn.Module):
+class TopKRouter(Router):
     """Send each token to the K experts with the highest logits x·W.
 
     Weights by `gate_order`: `topk_softmax` is softmax over the selected logits (Mixtral, 2401.04088 §2.1;
     1701.06538 eq 3–5, where the others count as −∞); `softmax_topk` keeps the selected entries of the full
     softmax (Switch, 2101.03961 eq 1–2), divided by their sum when `norm_topk_prob` (Qwen3-MoE).
-    Ties go to the lower expert number. The weight stays in its own dtype; the product is fp32 even under autocast.
+    Ties go to the lower expert number. Groups limit the choice (see `GroupLimit`).
 
     >>> config = MoEConfig(hidden_size=8, intermediate_size=4, num_experts=4, top_k=2)
     >>> TopKRouter(config)(torch.randn(3, 8)).weights_TK.sum(-1).allclose(torch.ones(3))
     True
     """
 
+    options: TopKOptions
+
+    def _selection(self, gate_TE: Tensor) -> Tensor:
+        if self.options.groups is None:
+            return gate_TE
+        return within_groups(gate_TE, self.options.groups, self.config.top_k)
+
+
+@ROUTERS.register("sigmoid")
+class SigmoidRouter(TopKRouter):
+    """Scores s = sigmoid(x·W); the K experts with the highest s + b; weights s, without b (2412.19437 eq 12–16).
+
+    The weights are divided by their sum when `norm_topk_prob`. The bias b has no gradient: after a step
+    b_i += rate · sign(mean load − load_i) (2408.15664 algorithm 1).
+
+    >>> from moekit.moe import RoutingTotals
+    >>> router = SigmoidRouter(MoEConfig(hidden_size=8, intermediate_size=4, num_experts=4, top_k=2, router="sigmoid"))
+    >>> router.after_step(RoutingTotals.of(router(torch.randn(9, 8))))
+    >>> router.to(torch.bfloat16).selection_bias.dtype
+    torch.float32
+    """
+
+    options: SigmoidOptions
+    fp32_buffers = ("selection_bias",)
+
     def __init__(self, config: MoEConfig) -> None:
-        super().__init__()
-        self.top_k = config.top_k
-        self.gate_order = config.gate_order
-        self.norm_topk_prob = config.norm_topk_prob
-        self.scaling_factor = config.routed_scaling_factor
-        self.init_scale = config.router_init_scale
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        self.reset_parameters()
+        super().__init__(config)
+        has_bias = isinstance(config.options, SigmoidOptions) and config.options.bias
+        self.selection_bias: Tensor | None
+        self.register_buffer("selection_bias", torch.zeros(config.num_experts) if has_bias else None)
 
-    def reset_parameters(self) -> None:
-        """Draw the rows from N(0, init_scale / D) (2101.03961 §2.4 uses a scale of 0.1)."""
-        nn.init.normal_(self.weight, std=(self.init_scale / self.weight.shape[1]) ** 0.5)
+    def after_step(self, totals: RoutingTotals) -> None:
+        if self.selection_bias is not None and self.training:
+            load_E = totals.chosen_E.to(self.selection_bias.device, torch.float32)
+            self.selection_bias += self.options.bias_rate * (load_E.mean() - load_E).sign()
 
-    def forward(self, x_TD: Tensor, mask_T: Tensor | None = None) -> Routing:
-        """Route (T, D) hidden states of any float dtype; `mask_T` (bool) marks the real tokens."""
-        with torch.autocast(x_TD.device.type, enabled=False):
-            wide = torch.promote_types(x_TD.dtype, torch.float32)
-            logits_TE = x_TD.to(wide) @ self.weight.to(wide).T
-            ids_TK = replayed(self._choose, logits_TE)
-            weights_TK = self._weigh(logits_TE, ids_TK)
-        tokens_T = torch.arange(x_TD.shape[0], device=x_TD.device)
-        return Routing(
-            token_ids_A=tokens_T.repeat_interleave(self.top_k),
-            expert_ids_A=ids_TK.flatten(),
-            weights_A=weights_TK.flatten(),
-            logits_TE=logits_TE,
-            top_k=self.top_k,
-            mask_T=mask_T,
-        )
+    def _selection(self, gate_TE: Tensor) -> Tensor:
+        scores_TE = gate_TE.sigmoid()
+        if self.selection_bias is not None:
+            scores_TE = scores_TE + self.selection_bias.to(scores_TE.dtype)
+        return super()._selection(scores_TE)
 
-    def _choose(self, logits_TE: Tensor) -> Tensor:
-        # A stable sort, because torch.topk leaves the order of equal values unspecified.
-        return logits_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
+    def _weigh(self, gate_TE: Tensor, choice: Choice) -> Tensor:
+        scores_A = picked(gate_TE, choice).sigmoid()
+        return normalised(scores_A, choice, gate_TE.shape[0]) if self.config.norm_topk_prob else scores_A
 
-    def _weigh(self, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
-        if self.gate_order == "topk_softmax":
-            weights_TK = logits_TE.gather(1, ids_TK).softmax(dim=-1)
-        else:
-            weights_TK = logits_TE.softmax(dim=-1).gather(1, ids_TK)
-            if self.norm_topk_prob:
-                weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-        return weights_TK * self.scaling_factor if self.scaling_factor != 1.0 else weights_TK
 
-    def extra_repr(self) -> str:
-        num_experts, hidden_size = self.weight.shape
-        return f"hidden_size={hidden_size}, num_experts={num_experts}, top_k={self.top_k}, {self.gate_order}"
+def top(scores_TE: Tensor, k: int) -> Tensor:
+    """(T, k): the k best experts of each token, best first; of equals the lower number."""
+    # A stable sort, because torch.topk leaves the order of equal values unspecified.
+    return scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def within_groups(scores_TE: Tensor, groups: GroupLimit, top_k: int) -> Tensor:
+    """The scores, −inf outside each token's `groups.chosen` best groups (2405.04434 §2.2.2, 2412.19437 §2.1.2).
+
+    Not 0 outside, as is often written: biased scores can be negative, and 0 would then win.
+    """
+    tokens, experts = scores_TE.shape
+    scores_TGe = scores_TE.view(tokens, groups.groups, experts // groups.groups)
+    best = max(1, top_k // groups.chosen) if groups.score == "sum" else 1
+    group_TG = scores_TGe.topk(min(best, scores_TGe.shape[2]), dim=-1).values.sum(dim=-1)
+    open_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter(1, top(group_TG, groups.chosen), True)
+    return scores_TGe.masked_fill(~open_TG.unsqueeze(-1), -torch.inf).view(tokens, experts)
+
+
+def picked(values_TE: Tensor, choice: Choice) -> Tensor:
+    """(A,): each assignment's own value."""
+    if choice.top_k is not None:  # a gather's gradient is cheaper than an index's
+        return values_TE.gather(1, choice.expert_ids_A.view(-1, choice.top_k)).flatten()
+    return values_TE[choice.token_ids_A, choice.expert_ids_A]
+
+
+def softmax_by_token(values_A: Tensor, choice: Choice, tokens: int) -> Tensor:
+    """(A,): the softmax of each token's values."""
+    if choice.top_k is not None:
+        return values_A.view(tokens, choice.top_k).softmax(dim=-1).flatten()
+    slots_A = slots_of(choice)
+    width = int(slots_A.max()) + 1 if slots_A.numel() else 1
+    index = (choice.token_ids_A, slots_A)
+    values_TK = values_A.new_full((tokens, width), -torch.inf).index_put(index, values_A)
+    return values_TK.softmax(dim=-1)[index]
+
+
+def normalised(values_A: Tensor, choice: Choice, tokens: int) -> Tensor:
+    """The values divided by their token's sum."""
+    if choice.top_k is not None:
+        values_TK = values_A.view(tokens, choice.top_k)
+        return (values_TK / values_TK.sum(dim=-1, keepdim=True)).flatten()
+    sums_T = values_A.new_zeros(tokens).index_add(0, choice.token_ids_A, values_A)
+    return values_A / sums_T[choice.token_ids_A]
