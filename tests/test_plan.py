@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moekit.config import ModelConfig, MoEConfig
+from moekit.config import ROUTER_OPTIONS, ExpertGroup, ModelConfig, MoEConfig
 from moekit.models.decoder import Decoder
+from moekit.moe import MoE
 from moekit.plan import BITS_PER_WEIGHT, flops_per_token, kv_cache_bytes, parameters, weight_bytes
 from tolerances import rel
 
@@ -155,3 +156,34 @@ def test_bytes():
     # 32 weights of 4 bits and one 16-bit scale
     assert weight_bytes(SMOLLM2_135M)["int4"] == 134_515_008 // 32 * 18
     assert kv_cache_bytes(SMOLLM2_135M, 1000) == 1000 * 30 * 2 * 3 * 64 * 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"router": name, "gate_order": "softmax_topk"} for name in ROUTER_OPTIONS if ROUTER_OPTIONS[name].causal),
+        {"expert": "mlp", "bias": True, "num_shared_experts": 2, "shared_gate": True},
+        {
+            "expert": "mixed",
+            "bias": True,
+            "expert_groups": (
+                ExpertGroup(count=2),
+                ExpertGroup(count=3, kind="mlp", intermediate_size=5, activation="relu"),
+                ExpertGroup(count=1, kind="zero"),
+            ),
+        },
+    ],
+    ids=str,
+)
+def test_every_layer_has_the_parameters_that_are_counted(changes):
+    moe = MoEConfig(**({"hidden_size": 12, "intermediate_size": 7, "num_experts": 6, "top_k": 2} | changes))
+    parts = parameters(model(hidden_size=12, moe=moe, num_hidden_layers=1)).parts
+    counted = parts["router"] + parts["experts"] + parts["shared"]
+    assert counted == sum(p.numel() for p in MoE(moe).parameters())
+
+
+def test_active_experts_where_their_number_varies():
+    values = {"hidden_size": 12, "intermediate_size": 7, "num_experts": 6, "top_k": 4, "gate_order": "softmax_topk"}
+    moe = MoEConfig(**values, router="top_p", router_options={"target_k": 1.5})
+    count = parameters(model(hidden_size=12, moe=moe, num_hidden_layers=1))
+    assert count.active_parts["experts"] == count.parts["experts"] / 6 * 1.5

@@ -29,7 +29,8 @@ class ParameterCount:
 
     Attributes:
         parts: total by part: embedding, attention, mlp (dense layers), router, experts, shared, norms, head.
-        active_parts: the same for one token; only `experts` differs, by top_k / num_experts.
+        active_parts: the same for one token; only `experts` differs: by top_k / num_experts, where experts
+            differ on average, where their number does by what `RouterOptions.mean_k` says.
     """
 
     parts: Mapping[str, int]
@@ -61,13 +62,13 @@ def parameters(config: ModelConfig) -> ParameterCount:
         "embedding": embedding,
         "attention": layers * _attention(config),
         "mlp": (layers - moe_layers) * 3 * config.hidden_size * config.intermediate_size,
-        "router": moe_layers * moe.num_experts * moe.hidden_size if moe else 0,
-        "experts": moe_layers * moe.num_experts * _expert(moe) if moe else 0,
+        "router": moe_layers * _router(moe) if moe else 0,
+        "experts": moe_layers * _experts(moe) if moe else 0,
         "shared": moe_layers * _shared(moe) if moe else 0,
         "norms": _norms(config),
         "head": 0 if config.tie_word_embeddings else embedding,
     }
-    active_experts = moe_layers * moe.top_k * _expert(moe) if moe else 0
+    active_experts = round(moe_layers * _experts(moe) * moe.options.mean_k(moe.top_k) / moe.num_experts) if moe else 0
     return ParameterCount(parts, {**parts, "experts": active_experts})
 
 
@@ -103,19 +104,30 @@ def _attention(config: ModelConfig) -> int:
     return config.hidden_size * (2 * queries + 2 * keys) + bias
 
 
-def _expert(moe: MoEConfig) -> int:
-    """One routed expert: (gate and) up and down."""
-    inputs = 2 if moe.expert == "swiglu" else 1
+def _router(moe: MoEConfig) -> int:
+    """The gate's rows; a selection bias is no parameter."""
+    return moe.options.gate_rows(moe.num_experts) * moe.hidden_size
+
+
+def _experts(moe: MoEConfig) -> int:
+    """All routed experts of one layer: (gate and) up and down of each, nothing for those without parameters."""
+    if moe.expert_groups:
+        return sum(_experts(moe.group_config(group)) for group in moe.expert_groups)
+    if moe.expert in ("zero", "identity"):
+        return 0
+    inputs = 1 if moe.expert == "mlp" else 2
     bias = inputs * moe.intermediate_size + moe.hidden_size if moe.bias else 0
-    return (inputs + 1) * moe.hidden_size * moe.intermediate_size + bias
+    return moe.num_experts * ((inputs + 1) * moe.hidden_size * moe.intermediate_size + bias)
 
 
 def _shared(moe: MoEConfig) -> int:
-    """All shared experts of one layer, which are gated MLPs, and their gate."""
+    """All shared experts of one layer, as one MLP of the routed ones' kind, and their gate."""
     if not moe.num_shared_experts:
         return 0
-    bias = 2 * moe.shared_width + moe.hidden_size if moe.bias else 0
-    return 3 * moe.hidden_size * moe.shared_width + bias + (moe.hidden_size if moe.shared_gate else 0)
+    inputs = 1 if moe.expert == "mlp" else 2
+    bias = inputs * moe.shared_width + moe.hidden_size if moe.bias else 0
+    gate = moe.hidden_size if moe.shared_gate else 0
+    return (inputs + 1) * moe.hidden_size * moe.shared_width + bias + gate
 
 
 def _norms(config: ModelConfig) -> int:

@@ -68,6 +68,10 @@ class RouterOptions:
         """Rows of width hidden_size that the router multiplies with each token: its parameters and its work."""
         return num_experts
 
+    def mean_k(self, top_k: int) -> float:
+        """Experts that a token pays for on average outside training; the most, where only text could tell."""
+        return float(top_k)
+
     def fewest(self, top_k: int) -> tuple[str, int]:
         """The setting that says over how few alternatives weights may be normalised, and its value."""
         return "top_k", top_k
@@ -190,6 +194,9 @@ class TopPOptions(GateOptions):
         check(0 < self.p < 1, f"p must lie between 0 and 1, not {self.p}")
         positive(self, "min_k")
         check(self.rate > 0, f"rate must be above 0, not {self.rate}")
+
+    def mean_k(self, top_k: int) -> float:
+        return top_k if self.target_k is None else self.target_k
 
     def fewest(self, top_k: int) -> tuple[str, int]:
         return "min_k", self.min_k

@@ -2,7 +2,7 @@
 
 from moekit.moe import losses
 from moekit.moe.dispatch import Dispatcher, LocalDispatcher
-from moekit.moe.experts import EXPERTS, GroupedMLP, GroupedSwiGLU, SharedExperts
+from moekit.moe.experts import EXPERTS, Experts, FreeExperts, GroupedMLP, GroupedSwiGLU, MixedExperts, SharedExperts
 from moekit.moe.layer import MoE
 from moekit.moe.linear import Linear
 from moekit.moe.replay import RoutingRecord
@@ -18,6 +18,8 @@ __all__ = [
     "Choice",
     "Dispatcher",
     "ExpertChoiceRouter",
+    "Experts",
+    "FreeExperts",
     "GShardRouter",
     "GroupedMLP",
     "GroupedSwiGLU",
@@ -26,6 +28,7 @@ __all__ = [
     "HierarchicalRouter",
     "Linear",
     "LocalDispatcher",
+    "MixedExperts",
     "MoE",
     "NoisyTopKRouter",
     "Plan",

@@ -16,13 +16,22 @@ from moekit.moe.linear import Linear
 from moekit.moe.types import Routing
 from moekit.registry import Registry
 
-__all__ = ["EXPERTS", "GroupedMLP", "GroupedSwiGLU", "SharedExperts"]
+__all__ = ["EXPERTS", "Experts", "FreeExperts", "GroupedMLP", "GroupedSwiGLU", "MixedExperts", "SharedExperts"]
 
-EXPERTS: Registry[type[GroupedMLP]] = Registry("expert kind")
+EXPERTS: Registry[type[GroupedMLP | MixedExperts]] = Registry("expert kind")
+
+
+class Experts(nn.Module):
+    """What every kind offers beside the call itself."""
+
+    def decode(self, x_TD: Tensor, routing: Routing) -> Tensor | None:
+        """The result of dispatch, experts and combine for few tokens, without sorting them: (T, D) in x's dtype, no
+        gradient; None where this kind, or this input, has no such way."""
+        return None
 
 
 @EXPERTS.register("mlp")
-class GroupedMLP(nn.Module):
+class GroupedMLP(Experts):
     """E two-matrix MLPs: down · act(up · x), with optional biases.
 
     Parameters: up_proj (E, F, D), down_proj (E, D, F), up_bias (E, F) and down_bias (E, D) with `bias`.
@@ -77,8 +86,10 @@ class GroupedMLP(nn.Module):
             out_RD = out_RD + self.down_bias.to(dtype).repeat_interleave(counts_E, dim=0)
         return out_RD
 
-    def decode(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """The same result for few tokens without sorting them: (T, D) in x's dtype, no gradient."""
+    def decode(self, x_TD: Tensor, routing: Routing) -> Tensor | None:
+        """See `Experts.decode`: one fused op, where `can_decode`."""
+        if not self.can_decode(x_TD, routing):
+            return None
         dtype = self._compute_dtype(x_TD)
         y_TD = kernels.moe_decode(
             x_TD.to(dtype),
@@ -127,22 +138,77 @@ class GroupedSwiGLU(GroupedMLP):
         return kernels.activate(gate_RF, self.activation) * up_RF
 
 
-class SharedExperts(nn.Module):
-    """Experts that see every token: one gated MLP as wide as all of them, times sigmoid(w·x) if gated.
+class FreeExperts(Experts):
+    """Experts without parameters: `identity` returns its rows, `zero` returns zeros (2410.07348 eq 4–5).
 
-    A sum of N independent gated MLPs equals one whose inner width is N times theirs (DeepSeek-MoE,
-    2401.06066 eq 4–5), so it is stored and computed as one.
+    A token that is sent there spends no work: a way to let the router choose how many experts a token needs.
+    """
+
+    def __init__(self, identity: bool) -> None:
+        super().__init__()
+        self.identity = identity
+
+    def forward(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
+        """(R, D) → (R, D)."""
+        return rows_RD if self.identity else torch.zeros_like(rows_RD)
+
+    def extra_repr(self) -> str:
+        return "identity" if self.identity else "zero"
+
+
+@EXPERTS.register("mixed")
+class MixedExperts(Experts):
+    """Experts that differ: consecutive groups of equal ones (`MoEConfig.expert_groups`), each a kind of its own.
+
+    >>> from moekit.config import ExpertGroup
+    >>> groups = (ExpertGroup(count=2, intermediate_size=16), ExpertGroup(count=1, kind="identity"))
+    >>> config = MoEConfig(
+    ...     hidden_size=8, intermediate_size=4, num_experts=3, top_k=2, expert="mixed", expert_groups=groups
+    ... )
+    >>> MixedExperts(config)(torch.ones(4, 8), torch.tensor([1, 0, 3]))[1:].mean().item()
+    1.0
+    """
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.sizes = [group.count for group in config.expert_groups]
+        self.groups = nn.ModuleList(
+            FreeExperts(group.kind == "identity")
+            if group.kind in ("zero", "identity")
+            else EXPERTS[group.kind](config.group_config(group))
+            for group in config.expert_groups
+        )
+
+    def forward(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
+        """Run every group on its rows. Returns (R, D); rows past sum(counts_E) come out as zeros."""
+        parts = counts_E.split(self.sizes)
+        lengths = [int(part.sum()) for part in parts]
+        *rows, rest_RD = rows_RD.split([*lengths, rows_RD.shape[0] - sum(lengths)])
+        outputs = [group(*each) for group, each in zip(self.groups, zip(rows, parts, strict=True), strict=True)]
+        return torch.cat([*outputs, torch.zeros_like(rest_RD)])
+
+
+class SharedExperts(nn.Module):
+    """Experts that see every token: one MLP as wide as all of them, times sigmoid(w·x) if gated.
+
+    A sum of N independent MLPs equals one whose inner width is N times theirs (DeepSeek-MoE,
+    2401.06066 eq 4–5), so it is stored and computed as one. It has two matrices beside experts of kind mlp, else three.
     """
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.activation = config.activation
-        self.gate_proj = Linear(config.hidden_size, config.shared_width, bias=config.bias)
-        self.up_proj = Linear(config.hidden_size, config.shared_width, bias=config.bias)
-        self.down_proj = Linear(config.shared_width, config.hidden_size, bias=config.bias)
-        self.gate = Linear(config.hidden_size, 1, bias=False) if config.shared_gate else None
+        hidden, inner = config.hidden_size, config.shared_width
+        self.gate_proj = None if config.expert == "mlp" else Linear(hidden, inner, bias=config.bias)
+        self.up_proj = Linear(hidden, inner, bias=config.bias)
+        self.down_proj = Linear(inner, hidden, bias=config.bias)
+        self.gate = Linear(hidden, 1, bias=False) if config.shared_gate else None
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) → (T, D)."""
-        y_TD: Tensor = self.down_proj(kernels.activate(self.gate_proj(x_TD), self.activation) * self.up_proj(x_TD))
+        if self.gate_proj is None:
+            hidden_TF = kernels.activate(self.up_proj(x_TD), self.activation)
+        else:
+            hidden_TF = kernels.activate(self.gate_proj(x_TD), self.activation) * self.up_proj(x_TD)
+        y_TD: Tensor = self.down_proj(hidden_TF)
         return y_TD if self.gate is None else y_TD * self.gate(x_TD).sigmoid()

@@ -53,9 +53,8 @@ class MoE(nn.Module):
             raise ConfigError(f"the layer's hidden_size is {self.config.hidden_size}, but x has {x.shape[-1]} features")
         x_TD = x.reshape(-1, x.shape[-1])
         routing: Routing = self.router(x_TD, _flat(mask), _flat(input_ids))
-        if self.experts.can_decode(x_TD, routing):
-            y_TD = self.experts.decode(x_TD, routing)
-        else:
+        y_TD = self.experts.decode(x_TD, routing)
+        if y_TD is None:
             rows_RD, plan = self.dispatcher.dispatch(x_TD, routing)
             rows_RD = self.experts(rows_RD, plan.counts_E)
             y_TD = self.dispatcher.combine(rows_RD, plan)

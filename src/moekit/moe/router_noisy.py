@@ -153,4 +153,4 @@ class GumbelRouter(Router):
         soft_A = picked(gate_TE.softmax(dim=-1), choice)
         held_T = torch.bincount(choice.token_ids_A, minlength=tokens)
         hard_A = held_T[choice.token_ids_A].to(soft_A.dtype).reciprocal()
-        return hard_A + soft_A - soft_A.detach()
+        return hard_A + (soft_A - soft_A.detach())
