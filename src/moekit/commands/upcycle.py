@@ -13,12 +13,6 @@ from moekit.config import UpcycleConfig
 if TYPE_CHECKING:
     from rich.console import Console
 
-KEEPS = {
-    "copy": "equal to the dense model's, up to rounding",
-    "split": "equal to the dense model's, up to rounding",
-    "noise": "near the dense model's, not equal: every expert is perturbed",
-}
-
 
 @dataclass(frozen=True)
 class Options:
@@ -35,9 +29,11 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     """Read, upcycle, write; returns the parameter counts of both models."""
     from moekit.adapt import upcycle, upcycled_config
     from moekit.models import load_decoder, load_tokenizer, read_config, save_decoder
+    from moekit.models.archs import config_to_hf
     from moekit.plan import flops_per_token, parameters
 
-    upcycled_config(read_config(options.model), options.upcycle)  # refuse before reading gigabytes
+    # Refuse before reading gigabytes: what cannot be made, and what could not be written.
+    config_to_hf(upcycled_config(read_config(options.model), options.upcycle))
     with console.status("reading the dense model"):
         dense, tokenizer = load_decoder(options.model), load_tokenizer(options.model)
     with console.status("upcycling"):
@@ -47,17 +43,19 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         tokenizer.save(options.out)
     before, after = parameters(dense.config), parameters(sparse.config)
     work = flops_per_token(sparse.config) / flops_per_token(dense.config)
-    keeps = KEEPS[options.upcycle.method]
+    why = options.upcycle.changes_output
+    keeps = "equal to the dense model's, up to rounding" if why is None else f"not the dense model's: {why}"
     console.print(f"{options.out}: {sparse.config.arch}, {options.upcycle.num_experts} experts a layer")
     console.print(f"parameters  {before.total:,} → {after.total:,}, {after.active:,} active")
     console.print(f"work        {work:.2f} × the dense model's FLOPs a token")
-    console.print(f"output      {keeps}")
+    console.print(f"output      {keeps}", markup=False)
     console.print(f"next        moekit train {options.out} --data.train FILES --out runs/mine", markup=False)
     return {
         "out": options.out,
         "arch": sparse.config.arch,
         "method": options.upcycle.method,
-        "exact": options.upcycle.method != "noise",
+        "exact": why is None,
+        "changes_output": why,
         "dense_params": before.total,
         "total_params": after.total,
         "active_params": after.active,

@@ -4,7 +4,7 @@ The command line builds its flags from these classes. Each `__post_init__` raise
 (a `ValueError`) that names the field, what was given and what would be accepted.
 """
 
-from moekit.config.adapt import UpcycleConfig
+from moekit.config.adapt import SurgeryConfig, UpcycleConfig
 from moekit.config.base import from_dict
 from moekit.config.model import ModelConfig
 from moekit.config.moe import Activation, CapacityConfig, ExpertGroup, MoEConfig
@@ -48,6 +48,7 @@ __all__ = [
     "SamplingConfig",
     "SigmoidOptions",
     "SinkhornOptions",
+    "SurgeryConfig",
     "TopKOptions",
     "TopPOptions",
     "TrainConfig",
