@@ -42,12 +42,13 @@ class LocalDispatcher:
         """
         order_A = torch.argsort(routing.expert_ids_A, stable=True)
         counts_E = torch.bincount(routing.expert_ids_A, minlength=routing.num_experts)
-        order_R = order_A if routing.rows_per_expert is None else _padded(order_A, counts_E, routing.rows_per_expert)
-        used_R = order_R < order_A.shape[0]
-        back_A = torch.empty_like(order_A)
-        back_A[order_R[used_R]] = used_R.nonzero().squeeze(1)
+        order_R, row_A = order_A, torch.arange(order_A.shape[0], device=order_A.device)
         if routing.rows_per_expert is not None:
+            row_A = _spaced(row_A, counts_E, routing.rows_per_expert)
             counts_E = torch.full_like(counts_E, routing.rows_per_expert)
+            rows = routing.num_experts * routing.rows_per_expert
+            order_R = order_A.new_full((rows,), order_A.shape[0]).index_copy(0, row_A, order_A)
+        back_A = order_A.scatter(0, order_A, row_A)  # the inverse permutation; every element is replaced
         plan = Plan(routing=routing, order_R=order_R, back_A=back_A, counts_E=counts_E, input_dtype=x_TD.dtype)
         rows_RD: Tensor = _Spread.apply(x_TD, plan)
         return rows_RD, plan
@@ -72,12 +73,10 @@ def _sum_by_token(values_AD: Tensor, routing: Routing) -> Tensor:
     return values_AD.new_zeros(routing.num_tokens, width).index_add(0, routing.token_ids_A, values_AD)
 
 
-def _padded(order_A: Tensor, counts_E: Tensor, rows: int) -> Tensor:
-    """(E · rows,): the sorted assignments with each expert's filled up to `rows`, by A, which stands for none."""
-    assignments, experts = order_A.shape[0], counts_E.shape[0]
-    shift_E = torch.arange(experts, device=order_A.device) * rows - (counts_E.cumsum(0) - counts_E)
-    row_A = torch.arange(assignments, device=order_A.device) + shift_E.repeat_interleave(counts_E)
-    return order_A.new_full((experts * rows,), assignments).index_copy(0, row_A, order_A)
+def _spaced(row_A: Tensor, counts_E: Tensor, rows: int) -> Tensor:
+    """(A,): where each of the sorted rows lies once every expert has `rows` of them."""
+    shift_E = torch.arange(counts_E.shape[0], device=row_A.device) * rows - (counts_E.cumsum(0) - counts_E)
+    return row_A + shift_E.repeat_interleave(counts_E)
 
 
 def _rows(values_AD: Tensor, plan: Plan) -> Tensor:
