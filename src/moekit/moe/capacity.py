@@ -1,6 +1,6 @@
 """Capacity: how many tokens an expert takes, who comes first, and where the others go.
 
-Pure functions of a choice and its scores; weights are the router's business. Only real tokens take room.
+Pure functions of a choice and its scores; weights are the router's business.
 Shapes: T tokens, E experts, A assignments, N assignments that still look for room.
 """
 
@@ -16,22 +16,31 @@ __all__ = ["limit", "slots_of"]
 
 
 def limit(
-    choice: Choice, scores_TE: Tensor, rows: int, config: CapacityConfig, mask_T: Tensor | None
+    choice: Choice,
+    rows: int,
+    config: CapacityConfig,
+    *,
+    wanted_A: Tensor,
+    scores_TE: Tensor,
+    probs_TE: Tensor,
 ) -> tuple[Choice, Tensor]:
     """Let every expert take at most `rows` assignments.
 
     Args:
         choice: what the router chose, in token order.
-        scores_TE: what it chose by; −inf where an expert is out of the question.
         rows: the capacity of one expert.
+        wanted_A: bool; the assignments that look for room: not those of padding, or that were skipped by chance.
+        scores_TE: what ranks the experts of a token; −inf where one is out of the question.
+        probs_TE: what ranks the assignments in order "probability".
     Returns:
         The choice with overflowing assignments moved (overflow "next"), and bool (A,): which of its rows have room.
-        A token never gets the same expert twice; padding tokens get none.
+        A token never gets the same expert twice; those without room name the expert that was chosen at first.
     """
     tokens_A, experts_A = choice.token_ids_A, choice.expert_ids_A.clone()
     kept_A = torch.zeros_like(tokens_A, dtype=torch.bool)
     room_E = torch.full((scores_TE.shape[1],), rows, device=tokens_A.device)
-    waiting_N = _in_order(choice, scores_TE, config, mask_T)
+    order_A = _order(choice, probs_TE, config)
+    waiting_N = order_A[wanted_A[order_A]]
     taken_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
     taken_TE[tokens_A, experts_A] = True
     while waiting_N.numel():
@@ -42,7 +51,7 @@ def limit(
         if config.overflow == "drop":
             break
         waiting_N = _move(waiting_N, tokens_A, experts_A, scores_TE, room_E, taken_TE)
-    return Choice(tokens_A, experts_A, choice.top_k), kept_A
+    return Choice(tokens_A, torch.where(kept_A, experts_A, choice.expert_ids_A), choice.top_k), kept_A
 
 
 def slots_of(choice: Choice) -> Tensor:
@@ -65,13 +74,11 @@ def rank_in_group(groups_N: Tensor) -> Tensor:
     return ranks_N
 
 
-def _in_order(choice: Choice, scores_TE: Tensor, config: CapacityConfig, mask_T: Tensor | None) -> Tensor:
-    """The assignments of real tokens, those that come first first."""
+def _order(choice: Choice, probs_TE: Tensor, config: CapacityConfig) -> Tensor:
+    """(A,): the assignments, those that come first first."""
     if config.order == "probability":
-        order_A = scores_TE[choice.token_ids_A, choice.expert_ids_A].argsort(descending=True, stable=True)
-    else:
-        order_A = slots_of(choice).argsort(stable=True)
-    return order_A if mask_T is None else order_A[mask_T[choice.token_ids_A[order_A]]]
+        return probs_TE[choice.token_ids_A, choice.expert_ids_A].argsort(descending=True, stable=True)
+    return slots_of(choice).argsort(stable=True)
 
 
 def _move(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moekit.config import GateOptions, GroupLimit, MoEConfig, SigmoidOptions, TopKOptions
 from moekit.moe.capacity import limit, slots_of
-from moekit.moe.replay import Decision, keep, next_decision
+from moekit.moe.replay import Decision, decided, next_decision
 from moekit.moe.types import Choice, Routing, RoutingTotals
 from moekit.registry import Registry
 
@@ -28,6 +28,7 @@ __all__ = [
     "SigmoidRouter",
     "TopKRouter",
     "normalised",
+    "only_groups",
     "picked",
     "softmax_by_token",
     "top",
@@ -61,11 +62,11 @@ class Noise:
 
     def normal(self, *shape: int) -> Tensor:
         """N(0, 1), float32."""
-        return torch.randn(*shape, generator=self._generator, device=self._device)
+        return torch.randn(*shape, generator=self._generator, device=self._device, dtype=torch.float32)
 
     def uniform(self, *shape: int) -> Tensor:
         """U(0, 1), float32."""
-        return torch.rand(*shape, generator=self._generator, device=self._device)
+        return torch.rand(*shape, generator=self._generator, device=self._device, dtype=torch.float32)
 
 
 class Router(nn.Module):
@@ -97,11 +98,12 @@ class Router(nn.Module):
             mask_T: bool, True for real tokens.
             input_ids_T: int64, the tokens' ids in the vocabulary; only the hash router reads them.
         """
-        past = next_decision(x_TD.shape[0], self.config.num_experts)
-        seed = past.seed if past is not None else self._seed()
+        past = next_decision(x_TD.shape[0], self.config.num_experts, x_TD.device)
+        fresh = self._seed()  # also for a replay, so that what draws after this layer draws the same numbers again
+        seed = fresh if past is None else past.seed
         with torch.autocast(x_TD.device.type, enabled=False):
             scores = self._score(x_TD, None if seed is None else Noise(seed, x_TD.device))
-            decision = keep(past or self._decide(scores, mask_T, input_ids_T, seed))
+            decision = decided(past, lambda: self._decide(scores, mask_T, input_ids_T, seed))
             return self._routing(scores, decision, mask_T)
 
     def after_step(self, totals: RoutingTotals) -> None:
@@ -110,7 +112,7 @@ class Router(nn.Module):
     def _seed(self) -> int | None:
         """A new seed where this pass has noise. Drawn from torch's own generator, so that torch.manual_seed rules."""
         noisy = self.training and self._is_noisy()
-        return int(torch.randint(1 << 62, ())) if noisy else None
+        return int(torch.randint(1 << 62, (), device="cpu")) if noisy else None
 
     def _is_noisy(self) -> bool:
         return isinstance(self.options, GateOptions) and (self.options.jitter > 0 or self.options.noise_std > 0)
@@ -147,22 +149,38 @@ class Router(nn.Module):
         probs_A = picked(gate_TE.softmax(dim=-1), choice)
         return normalised(probs_A, choice, gate_TE.shape[0]) if self.config.norm_topk_prob else probs_A
 
+    def _affinity(self, gate_TE: Tensor) -> Tensor:
+        """What the tokens that want an expert are compared by: its probability."""
+        return gate_TE.softmax(dim=-1)
+
     def _decide(self, scores: Scores, mask_T: Tensor | None, input_ids_T: Tensor | None, seed: int | None) -> Decision:
         gate_TE = scores.gate_TE.detach()
         choice = self._choose(gate_TE, mask_T, input_ids_T)
         return self._limited(choice, gate_TE, mask_T, seed)
 
-    def _limited(self, choice: Choice, gate_TE: Tensor, mask_T: Tensor | None, seed: int | None) -> Decision:
-        """The choice after capacity."""
+    def _limited(
+        self, choice: Choice, gate_TE: Tensor, mask_T: Tensor | None, seed: int | None, sent_A: Tensor | None = None
+    ) -> Decision:
+        """The choice after capacity. Assignments not in `sent_A` (bool) count for the weights, but go nowhere."""
+        tokens, experts = gate_TE.shape
         capacity = self.config.capacity
         if capacity is None:
-            return Decision(choice, seed=seed)
-        real = gate_TE.shape[0] if mask_T is None else int(mask_T.sum())
-        rows = capacity.of(real, self.config.num_experts, self.config.top_k)
-        moved, kept_A = limit(choice, self._selection(gate_TE), rows, capacity, mask_T)
-        if capacity.lost_weight == "renormalise" and not kept_A.all():
-            moved, kept_A = moved.where(kept_A), torch.ones_like(kept_A[kept_A])
-        return Decision(moved, kept_A, choice, seed, rows if capacity.pad else None)
+            return Decision(choice, tokens, experts, sent_A, seed=seed)
+        chosen = choice if sent_A is None else choice.where(sent_A)
+        sent_A = torch.ones_like(choice.token_ids_A, dtype=torch.bool) if sent_A is None else sent_A
+        rows = capacity.of(tokens if mask_T is None else int(mask_T.sum()), experts, self.config.top_k)
+        moved, kept_A = limit(
+            choice,
+            rows,
+            capacity,
+            wanted_A=sent_A if mask_T is None else sent_A & mask_T[choice.token_ids_A],
+            scores_TE=self._selection(gate_TE),
+            probs_TE=self._affinity(gate_TE),
+        )
+        lost_A = sent_A & ~kept_A
+        if capacity.lost_weight == "renormalise" and lost_A.any():
+            moved, kept_A = moved.where(~lost_A), kept_A[~lost_A]
+        return Decision(moved, tokens, experts, kept_A, chosen, seed, rows if capacity.pad else None)
 
     def _routing(self, scores: Scores, decision: Decision, mask_T: Tensor | None) -> Routing:
         choice = decision.options
@@ -244,12 +262,17 @@ class SigmoidRouter(TopKRouter):
         super().__init__(config)
         has_bias = isinstance(config.options, SigmoidOptions) and config.options.bias
         self.selection_bias: Tensor | None
-        self.register_buffer("selection_bias", torch.zeros(config.num_experts) if has_bias else None)
+        zeros_E = torch.zeros(config.num_experts, dtype=torch.float32)
+        self.register_buffer("selection_bias", zeros_E if has_bias else None)
 
     def after_step(self, totals: RoutingTotals) -> None:
         if self.selection_bias is not None and self.training:
-            load_E = totals.chosen_E.to(self.selection_bias.device, torch.float32)
-            self.selection_bias += self.options.bias_rate * (load_E.mean() - load_E).sign()
+            load_E = totals.chosen_E.to(self.selection_bias.device)
+            above_E = load_E * load_E.numel() - load_E.sum()  # whole numbers: an even load moves nothing
+            self.selection_bias -= self.options.bias_rate * above_E.sign()
+
+    def _affinity(self, gate_TE: Tensor) -> Tensor:
+        return gate_TE.sigmoid()
 
     def _selection(self, gate_TE: Tensor) -> Tensor:
         scores_TE = gate_TE.sigmoid()
@@ -277,8 +300,13 @@ def within_groups(scores_TE: Tensor, groups: GroupLimit, top_k: int) -> Tensor:
     scores_TGe = scores_TE.view(tokens, groups.groups, experts // groups.groups)
     best = max(1, top_k // groups.chosen) if groups.score == "sum" else 1
     group_TG = scores_TGe.topk(min(best, scores_TGe.shape[2]), dim=-1).values.sum(dim=-1)
-    open_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter(1, top(group_TG, groups.chosen), True)
-    return scores_TGe.masked_fill(~open_TG.unsqueeze(-1), -torch.inf).view(tokens, experts)
+    return only_groups(scores_TGe, top(group_TG, groups.chosen))
+
+
+def only_groups(scores_TGe: Tensor, groups_Tg: Tensor) -> Tensor:
+    """(T, E): the scores, −inf outside each token's groups."""
+    shut_TG = torch.ones(scores_TGe.shape[:2], dtype=torch.bool, device=scores_TGe.device)
+    return scores_TGe.masked_fill(shut_TG.scatter(1, groups_Tg, False).unsqueeze(-1), -torch.inf).flatten(1)
 
 
 def picked(values_TE: Tensor, choice: Choice) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moekit.config import HierarchicalOptions, MoEConfig, TopPOptions
-from moekit.moe.router import ROUTERS, Noise, Router, Scores, top
+from moekit.moe.router import ROUTERS, Noise, Router, Scores, only_groups, top
 from moekit.moe.types import Choice, RoutingTotals
 
 __all__ = ["HierarchicalRouter", "TopPRouter"]
@@ -31,7 +31,7 @@ class TopPRouter(Router):
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config)
         self.threshold: Tensor
-        self.register_buffer("threshold", torch.tensor(self.options.p))
+        self.register_buffer("threshold", torch.tensor(self.options.p, dtype=torch.float32))
 
     def after_step(self, totals: RoutingTotals) -> None:
         if self.training and self.options.target_k is not None and totals.tokens:
@@ -71,15 +71,27 @@ class HierarchicalRouter(Router):
 
     def _choose(self, gate_TE: Tensor, mask_T: Tensor | None, input_ids_T: Tensor | None) -> Choice:
         tokens, each = gate_TE.shape[0], self.config.top_k // self.options.groups_per_token
-        gate_TGe = gate_TE.view(tokens, self.options.groups, -1)
-        groups_Tg = top(gate_TGe.logsumexp(dim=-1), self.options.groups_per_token)
+        gate_TGe = self._by_group(gate_TE)
+        groups_Tg = self._best_groups(gate_TGe)
         inside_Tgk = top(gate_TGe.flatten(0, 1), each).view(tokens, self.options.groups, each)
         chosen_Tgk = inside_Tgk.gather(1, groups_Tg.unsqueeze(-1).expand(-1, -1, each))
         return Choice.regular((chosen_Tgk + groups_Tg.unsqueeze(-1) * gate_TGe.shape[2]).flatten(1))
+
+    def _selection(self, gate_TE: Tensor) -> Tensor:
+        gate_TGe = self._by_group(gate_TE)
+        return only_groups(gate_TGe, self._best_groups(gate_TGe))
+
+    def _by_group(self, gate_TE: Tensor) -> Tensor:
+        tokens, experts = gate_TE.shape
+        return gate_TE.view(tokens, self.options.groups, experts // self.options.groups)
+
+    def _best_groups(self, gate_TGe: Tensor) -> Tensor:
+        """(T, g): the groups that a token goes to, by log p(group)."""
+        return top(gate_TGe.logsumexp(dim=-1), self.options.groups_per_token)
 
 
 def _log_product(logits: Tensor, groups: int) -> Tensor:
     """(T, G + E) logits of groups and of experts to (T, E) log p(group) + log p(expert | group)."""
     group_TG = logits[:, :groups].log_softmax(dim=-1)
-    inside_TGe = logits[:, groups:].reshape(logits.shape[0], groups, -1).log_softmax(dim=-1)
+    inside_TGe = logits[:, groups:].reshape(len(logits), groups, logits.shape[1] // groups - 1).log_softmax(dim=-1)
     return (group_TG.unsqueeze(-1) + inside_TGe).flatten(1)

@@ -57,12 +57,15 @@ class HashRouter(Router):
     options: HashOptions
 
     def _score(self, x_TD: Tensor, noise: Noise | None) -> Scores:
-        zeros_TE = torch.zeros(x_TD.shape[0], self.config.num_experts, device=x_TD.device)
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        zeros_TE = torch.zeros(x_TD.shape[0], self.config.num_experts, device=x_TD.device, dtype=wide)
         return Scores(zeros_TE, zeros_TE)
 
     def _choose(self, gate_TE: Tensor, mask_T: Tensor | None, input_ids_T: Tensor | None) -> Choice:
         if input_ids_T is None:
             raise ConfigError("router hash needs the tokens' ids: call the layer with input_ids")
+        if len(input_ids_T) != len(gate_TE):
+            raise ConfigError(f"router hash got {len(input_ids_T)} input_ids for {len(gate_TE)} tokens")
         experts_E = torch.arange(self.config.num_experts, device=input_ids_T.device)
         seeded_T = _mix(input_ids_T.long() + _mix(torch.tensor(self.options.seed, device=input_ids_T.device)))
         return Choice.regular(top(_mix(seeded_T.unsqueeze(-1) + _mix(experts_E + 1)), self.config.top_k))

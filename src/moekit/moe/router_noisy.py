@@ -89,20 +89,7 @@ class GShardRouter(Router):
         # A stream of its own: the seed's own has drawn the noise of the logits.
         taken_T = 2 * second_T > Noise(seed + 1, gate_TE.device).uniform(tokens)
         taken_A = torch.stack([torch.ones_like(taken_T), taken_T], dim=1).flatten()
-        if self.config.capacity is None:
-            return Decision(pairs, taken_A, seed=seed)
-        limited = self._limited(pairs.where(taken_A), gate_TE, mask_T, seed)
-        return self._with_skipped(pairs, taken_A, limited)
-
-    def _with_skipped(self, pairs: Choice, taken_A: Tensor, limited: Decision) -> Decision:
-        """The limited decision over both options again, so that the weights are those of a pair."""
-        if self.config.capacity is not None and self.config.capacity.lost_weight == "renormalise":
-            return limited
-        experts_A, kept_A = pairs.expert_ids_A.clone(), torch.zeros_like(taken_A)
-        experts_A[taken_A] = limited.options.expert_ids_A
-        kept_A[taken_A] = limited.kept_A if limited.kept_A is not None else True
-        options = Choice(pairs.token_ids_A, experts_A, pairs.top_k)
-        return Decision(options, kept_A, limited.chosen, limited.seed, limited.rows_per_expert)
+        return self._limited(pairs, gate_TE, mask_T, seed, taken_A)
 
 
 @ROUTERS.register("gumbel")

@@ -38,6 +38,10 @@ class Choice:
         tokens_T = torch.arange(tokens, device=expert_ids_TK.device)
         return cls(tokens_T.repeat_interleave(top_k), expert_ids_TK.flatten(), top_k)
 
+    def to(self, device: torch.device) -> Choice:
+        """The same on this device."""
+        return Choice(self.token_ids_A.to(device), self.expert_ids_A.to(device), self.top_k)
+
     def where(self, kept_A: Tensor) -> Choice:
         """The assignments for which `kept_A` (bool) is True."""
         return Choice(self.token_ids_A[kept_A], self.expert_ids_A[kept_A], None)
