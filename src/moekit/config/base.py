@@ -51,7 +51,12 @@ def from_dict(cls: type[C], values: Mapping[str, Any], *, source: str = "configu
 
 
 def _value(hint: Any, value: Any, source: str) -> Any:
-    """A mapping as the configuration class that the field's type names, a list as a tuple, the rest as it is."""
+    """A mapping as the configuration class that the field's type names, a list as a tuple, the rest as it is.
+
+    So is a mapping where the type allows one: then the configuration itself knows what to make of it.
+    """
+    if isinstance(value, Mapping) and any(typing.get_origin(part) is Mapping for part in typing.get_args(hint)):
+        return value
     nested = next((cls for cls in _parts(hint) if dataclasses.is_dataclass(cls)), None)
     if isinstance(value, Mapping) and nested is not None:
         return from_dict(nested, value, source=source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -35,7 +36,8 @@ class CapacityConfig:
     """Room as a number of tokens, instead of a factor."""
     order: Literal["position", "probability"] = "position"
     """Who comes first: all first choices, then all second ones, each in token order (2006.16668 algorithm 1); or the
-    assignments with the highest score (2106.05974 §3.3), which lets later tokens displace earlier ones."""
+    assignments with the highest probability (2106.05974 §3.3 ranks whole tokens so). Except for position with K = 1 and
+    overflow drop, a later token can take the room of an earlier one."""
     overflow: Literal["drop", "next"] = "drop"
     """Drop an assignment that finds no room, or give it to the token's next best expert that has some."""
     lost_weight: Literal["lose", "renormalise"] = "lose"
@@ -48,7 +50,7 @@ class CapacityConfig:
         check(len(given) == 1, f"capacity needs either factor or tokens, not {' and '.join(given) or 'neither'}")
         if self.tokens is not None:
             positive(self, "tokens")
-        check(self.factor is None or self.factor > 0, f"capacity factor must be above 0, not {self.factor}")
+        check(self.factor is None or 0 < self.factor < math.inf, f"capacity factor must be above 0, not {self.factor}")
         choice(self, "order", ("position", "probability"))
         choice(self, "overflow", ("drop", "next"))
         choice(self, "lost_weight", ("lose", "renormalise"))
@@ -107,7 +109,7 @@ class MoEConfig:
     """Experts a token is sent to, K (at most for top_p, on average for expert_choice). K = E is the dense gate."""
     router: str = "topk"
     """Name in the router registry; docs/routers.md lists them."""
-    router_options: RouterOptions | None = None
+    router_options: RouterOptions | Mapping[str, Any] | None = None
     """Settings of that router (a mapping will do); its defaults when not given."""
     gate_order: Literal["topk_softmax", "softmax_topk"] = "topk_softmax"
     """Softmax over the selected logits (Mixtral) or over all of them before selecting (Switch, Qwen, DeepSeek)."""
@@ -186,7 +188,7 @@ class MoEConfig:
     @property
     def options(self) -> RouterOptions:
         """`router_options`, which are never None once the configuration is made."""
-        assert self.router_options is not None
+        assert isinstance(self.router_options, RouterOptions)
         return self.router_options
 
     @property

@@ -172,6 +172,12 @@ class GumbelOptions(RouterOptions):
         check(0 < self.end <= self.start, f"end must lie in (0, start = {self.start}], not {self.end}")
         positive(self, "anneal_steps")
 
+    def check(self, num_experts: int, top_k: int) -> None:
+        check(
+            self.straight_through or top_k > 1 or num_experts == 1,
+            "top_k 1 without straight_through makes every weight 1, so the router never learns",
+        )
+
 
 @ROUTER_OPTIONS.register("top_p")
 @dataclass(frozen=True, kw_only=True)
@@ -272,5 +278,9 @@ class HierarchicalOptions(GateOptions):
         check(
             top_k % self.groups_per_token == 0,
             f"groups_per_token ({self.groups_per_token}) must divide top_k ({top_k})",
+        )
+        check(
+            self.groups_per_token <= self.groups,
+            f"groups_per_token must be at most groups ({self.groups}), not {self.groups_per_token}",
         )
         GroupLimit(groups=self.groups, chosen=self.groups_per_token).check(num_experts, top_k)
