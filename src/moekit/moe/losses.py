@@ -261,7 +261,7 @@ def _shares(layers: Sequence[Routing], count: Count, counts_E: Tensor | Sequence
         counts = _given_counts(layers, count, counts_E)
     return [
         # Divided by what was assigned, which is K·T where every token has K experts.
-        count_E.to(one.logits_TE) / count_E.sum().clamp(min=1)
+        count_E.to(one.logits_TE) / count_E.sum().clamp(min=1).to(one.logits_TE)
         for one, count_E in zip(layers, counts, strict=True)
     ]
 
@@ -269,7 +269,7 @@ def _shares(layers: Sequence[Routing], count: Count, counts_E: Tensor | Sequence
 def _given_counts(layers: Sequence[Routing], count: Count, counts_E: Tensor | Sequence[Tensor]) -> list[Tensor]:
     if count != "chosen":
         raise ConfigError(f"counts_E already says what is counted: leave count {count!r} out")
-    counts = [counts_E] if isinstance(counts_E, Tensor) and counts_E.ndim == 1 else list(counts_E)
+    counts = [counts_E] if isinstance(counts_E, Tensor) and counts_E.ndim <= 1 else list(counts_E)
     shapes, wanted = [tuple(one.shape) for one in counts], [(one.num_experts,) for one in layers]
     if shapes != wanted:
         raise ConfigError(f"counts_E must have one count an expert for each layer, shapes {wanted}, not {shapes}")
