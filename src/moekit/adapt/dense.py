@@ -149,16 +149,21 @@ def _in_double(module: nn.Module) -> nn.Module:
 
 def _watch(module: nn.Module) -> _Seen:
     """Run the module on the first width that it takes and gives back, with inner values of `PROBE_SCALE`."""
-    refusal = "it has no matrix"
+    refusals = []
     for width in dict.fromkeys(size for p in module.parameters() if p.ndim == 2 for size in p.shape):
         try:
             seen = _try(module, width)
         except UnsupportedError as error:
-            refusal = str(error)
+            refusals.append(str(error))
             continue
         spread = max((float(matrix.y.std()) for matrix in seen.matrices if _agree(matrix.x, seen.x)), default=0.0)
         return _run(module, _probe(width) * (PROBE_SCALE / spread)) if spread > 0 else seen
-    raise UnsupportedError(refusal)
+    # What it gave back on a width that it takes says more than that it does not take another.
+    refusals.sort(key=lambda text: text.startswith(_CANNOT_RUN))
+    raise UnsupportedError(refusals[0] if refusals else "it has no matrix")
+
+
+_CANNOT_RUN = "it cannot run on a tensor"
 
 
 def _try(module: nn.Module, width: int) -> _Seen:
@@ -167,7 +172,7 @@ def _try(module: nn.Module, width: int) -> _Seen:
     except UnsupportedError:
         raise
     except Exception as error:  # code that is not ours may raise anything on an input that it was not made for
-        raise UnsupportedError(f"it cannot run on a tensor of width {width} alone ({error!r:.80})") from None
+        raise UnsupportedError(f"{_CANNOT_RUN} of width {width} alone ({error!r:.80})") from None
 
 
 def _probe(width: int) -> Tensor:

@@ -131,10 +131,11 @@ class DropIn(nn.Module):
 
     def _pay(self, y: Tensor, routing: Routing) -> Tensor:
         """y, with the gradients of the debt of this very call added to its graph."""
-        same = [debt for debt in self._debts if debt.logits_TE.shape == routing.logits_TE.shape]
+        logits_TE = routing.logits_TE.detach()
+        same = [debt for debt in self._debts if debt.logits_TE.shape == logits_TE.shape]
         if not same:
             return y
-        debt = min(same, key=lambda debt: float((debt.logits_TE - routing.logits_TE).abs().max()))
+        debt = min(same, key=lambda debt: float((debt.logits_TE - logits_TE).abs().max()))
         self._debts.remove(debt)
         values = [getattr(routing, name) for name in debt.grads]
         paid: Tensor = _Pay.apply(y, *values, *debt.grads.values())
