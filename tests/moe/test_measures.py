@@ -44,18 +44,27 @@ def test_drift_against_its_definition():
     want = (weights[3] - start[3]).double().norm() / start[3].double().norm()
     assert found[0].distance == pytest.approx(want.item(), rel=rel("fp32 scalar"))
     assert found[0].cosine == pytest.approx(cosine(weights[3], start[3]), rel=rel("fp32 scalar"))
-    speed = (weights[3] - middle).double().norm() / weights[3].double().norm() / 4
-    assert found[0].speed == pytest.approx(speed.item(), rel=rel("fp32 scalar"))
+    squares = [x**2 for x in (weights[3] - middle).double().flatten().tolist()]
+    assert found[0].speed == pytest.approx(math.sqrt(7 * sum(squares) / 35) / 4, rel=rel("fp32 scalar"))
     assert found[1] == Drift(1, 0.0, 1.0, 0.0)
+
+
+def test_speed_is_how_far_the_logits_of_a_token_move_in_a_step():
+    torch.manual_seed(0)
+    weight, x = torch.randn(6, 256), torch.randn(2000, 256)
+    before, drift = x @ weight.T, RouterDrift({0: weight})
+    weight += 0.01 * torch.randn(6, 256)
+    moved = (x @ weight.T - before).square().mean().sqrt().item()
+    assert drift.report()[0].speed == pytest.approx(moved, rel=rel("standard deviation of few"))
 
 
 def test_drift_from_and_to_zero():
     weight = torch.zeros(2, 2)
     drift = RouterDrift({0: weight})
     weight.fill_(1)
-    assert drift.report() == [Drift(0, math.inf, 0.0, 1.0)]
+    assert drift.report() == [Drift(0, math.inf, 0.0, pytest.approx(2**0.5))]
     weight.zero_()
-    assert drift.report() == [Drift(0, 0.0, 1.0, math.inf)]
+    assert drift.report() == [Drift(0, 0.0, 1.0, pytest.approx(2**0.5))]
 
 
 def test_drift_of_a_large_weight_reads_a_sample_and_comes_near():

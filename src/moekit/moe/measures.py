@@ -88,21 +88,22 @@ class Drift:
     cosine: float
     """Of W and W₀: 1 while the direction is kept; 0 where either is 0 and the other is not."""
     speed: float
-    """‖W − W'‖ / ‖W‖ a step, with W' as it was at the report before; 0 when nothing moved."""
+    """Root mean square change of a logit in one step since the report before, for a token whose entries have root
+    mean square 1: √D times that of W's entries. Unlike a relative change it means the same for a small W."""
 
 
 class RouterDrift:
     """Remembers router weights and says how far they have moved.
 
     Args:
-        weights: each MoE layer's number to its router's weight; read again at every report.
+        weights: each MoE layer's number to its router's weight (..., D); read again at every report.
         values: entries kept of each weight; of larger ones a fixed random sample.
 
     >>> weight = torch.ones(2, 3)
     >>> drift = RouterDrift({0: weight})
     >>> weight *= 1.5
     >>> drift.report()
-    [Drift(layer=0, distance=0.5, cosine=1.0, speed=0.333...)]
+    [Drift(layer=0, distance=0.5, cosine=1.0, speed=0.866...)]
     """
 
     def __init__(self, weights: Mapping[int, Tensor], values: int = 65_536) -> None:
@@ -113,8 +114,11 @@ class RouterDrift:
 
     def report(self, steps: int = 1) -> list[Drift]:
         """Each layer's drift, in the order given; `steps` have been taken since the report before."""
-        now = self._read()
-        found = [_drift(layer, now[layer], self._first[layer], self._last[layer], steps) for layer in now]
+        now, found = self._read(), []
+        for layer, weight in self._weights.items():
+            change = (now[layer] - self._last[layer]).square().mean().item()
+            speed = math.sqrt(weight.shape[-1] * change) / max(steps, 1)
+            found.append(_drift(layer, now[layer], self._first[layer], speed))
         self._last = now
         return found
 
@@ -204,16 +208,12 @@ def _rows(tensor: Tensor, chosen_N: Tensor, values: int) -> Tensor:
     return rows_NV.cpu().double()
 
 
-def _drift(layer: int, now: Tensor, first: Tensor, last: Tensor, steps: int) -> Drift:
+def _drift(layer: int, now: Tensor, first: Tensor, speed: float) -> Drift:
     moved, start, norm = ((now - first).norm().item(), first.norm().item(), now.norm().item())
-    step = (now - last).norm().item()
-    same = moved == 0
-    return Drift(
-        layer=layer,
-        distance=0.0 if same else moved / start if start else math.inf,
-        cosine=1.0 if same else (now @ first).item() / (norm * start) if norm and start else 0.0,
-        speed=step / norm / max(steps, 1) if step and norm else math.inf if step else 0.0,
-    )
+    if moved == 0:
+        return Drift(layer, 0.0, 1.0, speed)
+    cosine = (now @ first).item() / (norm * start) if norm and start else 0.0
+    return Drift(layer, moved / start if start else math.inf, cosine, speed)
 
 
 def _sample(size: int, values: int) -> Tensor | None:
