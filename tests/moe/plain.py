@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moekit.moe import MoE
+from moekit.moe import Experts, FreeExperts, MixedExperts, MoE
 
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
@@ -27,25 +27,33 @@ def plain_weights(logits_E: Tensor, layer: MoE) -> dict[int, Tensor]:
     return {e: w * config.routed_scaling_factor for e, w in weights.items()}
 
 
-def plain_expert(layer: MoE, expert: int, x_D: Tensor) -> Tensor:
+def plain_expert(experts: Experts, expert: int, x_D: Tensor) -> Tensor:
     """One expert on one token, from the parameters as documented."""
-    experts, act = layer.experts, ACTIVATIONS[layer.config.activation]
-    inner = layer.config.intermediate_size
+    if isinstance(experts, MixedExperts):
+        for group, size in zip(experts.groups, experts.sizes, strict=True):
+            if expert < size:
+                return plain_expert(group, expert, x_D)
+            expert -= size
+    if isinstance(experts, FreeExperts):
+        return x_D if experts.identity else torch.zeros_like(x_D)
+    act, inner = ACTIVATIONS[experts.activation], experts.down_proj.shape[2]
     hidden = experts.in_proj[expert] @ x_D
     if experts.in_bias is not None:
         hidden = hidden + experts.in_bias[expert]
-    hidden = act(hidden[:inner]) * hidden[inner:] if layer.config.expert == "swiglu" else act(hidden)
+    hidden = act(hidden[:inner]) * hidden[inner:] if experts.in_name == "gate_up" else act(hidden)
     out = experts.down_proj[expert] @ hidden
     return out if experts.down_bias is None else out + experts.down_bias[expert]
 
 
-def plain_moe(layer: MoE, x_TD: Tensor) -> Tensor:
-    """y = Σ G(x)_i E_i(x), token by token, plus the shared experts."""
+def plain_moe(layer: MoE, x_TD: Tensor, weights_T: list[dict[int, Tensor]] | None = None) -> Tensor:
+    """y = Σ G(x)_i E_i(x), token by token, plus the shared experts; top-k routing where no weights are given."""
+    if weights_T is None:
+        weights_T = [plain_weights(layer.router.weight @ x_D, layer) for x_D in x_TD]
     rows = []
-    for x_D in x_TD:
+    for x_D, weights in zip(x_TD, weights_T, strict=True):
         y_D = torch.zeros_like(x_D)
-        for expert, weight in plain_weights(layer.router.weight @ x_D, layer).items():
-            y_D = y_D + weight * plain_expert(layer, expert, x_D)
+        for expert, weight in weights.items():
+            y_D = y_D + weight * plain_expert(layer.experts, expert, x_D)
         if layer.shared is not None:
             y_D = y_D + plain_shared(layer, x_D)
         rows.append(y_D)
@@ -53,14 +61,19 @@ def plain_moe(layer: MoE, x_TD: Tensor) -> Tensor:
 
 
 def plain_shared(layer: MoE, x_D: Tensor) -> Tensor:
-    """The shared experts one by one: slices of the stored MLP, each a gated MLP of its own."""
+    """The shared experts one by one: slices of the stored MLP, each an MLP of its own."""
     shared, act = layer.shared, ACTIVATIONS[layer.config.activation]
     width = layer.config.shared_width // layer.config.num_shared_experts
-    y_D = torch.zeros_like(x_D)
+
+    def read(matrix: nn.Linear, part: slice) -> Tensor:
+        return matrix.weight[part] @ x_D + (0 if matrix.bias is None else matrix.bias[part])
+
+    y_D = torch.zeros_like(x_D) if shared.down_proj.bias is None else shared.down_proj.bias
     for first in range(0, layer.config.shared_width, width):
         part = slice(first, first + width)
-        gate, up = shared.gate_proj.weight[part] @ x_D, shared.up_proj.weight[part] @ x_D
-        y_D = y_D + shared.down_proj.weight[:, part] @ (act(gate) * up)
+        hidden = read(shared.up_proj, part)
+        hidden = act(hidden) if shared.gate_proj is None else act(read(shared.gate_proj, part)) * hidden
+        y_D = y_D + shared.down_proj.weight[:, part] @ hidden
     return y_D if shared.gate is None else y_D * torch.sigmoid(shared.gate.weight[0] @ x_D)
 
 
