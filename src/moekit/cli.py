@@ -39,6 +39,7 @@ VERBS = {
     "chat": "talk to a model in the terminal",
     "inspect": "show what a model is made of and which experts work on a text",
     "doctor": "check this machine and this installation",
+    "study": "train many small models that differ in one thing, and compare them",
     "bench": "measure speed beside transformers and the machine's limits",
 }
 

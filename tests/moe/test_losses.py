@@ -11,9 +11,9 @@ from routings import EVERY_LOSS, GROUPS, any_routing, routing_of, top_k_routing
 from torch import Tensor
 
 from moekit import MoEConfig, losses
-from moekit.config import CapacityConfig
+from moekit.config import CapacityConfig, GroupLimit
 from moekit.errors import ConfigError, UnknownNameError, UnsupportedError
-from moekit.moe import ROUTERS, Routing
+from moekit.moe import ROUTERS, MoE, Routing
 from tolerances import near, rel
 
 
@@ -31,6 +31,9 @@ class Plain:
         chosen = routing.chosen or routing
         ids = chosen if count == "chosen" else routing
         self.pairs = list(zip(ids.token_ids_A.tolist(), ids.expert_ids_A.tolist(), strict=True))
+        if count == "scored":
+            best = {t: sorted(range(self.experts), key=lambda e, t=t: -self.logits[t][e]) for t in self.real}
+            self.pairs = [(t, e) for t in self.real for e in best[t][: chosen.top_k]]
         self.load_TE = routing.load_TE
 
     def probabilities(self, t: int, score: str) -> list[float]:
@@ -104,6 +107,28 @@ def test_every_loss_is_its_equation(name, drops, masked, sigmoid):
     arguments = {"sequence_balancing": [ids_T.tolist()], "communication_balancing": [1]}.get(loss, [])
     wanted = getattr(plain, loss)(*arguments)
     assert EVERY_LOSS[name](routing, ids_T).item() == pytest.approx(wanted, rel=rel("fp64 scalar"))
+
+
+SCORED = {
+    "load_balancing": lambda routing, _: losses.load_balancing(routing, count="scored"),
+    "sequence_balancing": lambda routing, ids_T: losses.sequence_balancing(routing, ids_T, count="scored"),
+    "group_balancing": lambda routing, _: losses.group_balancing(routing, GROUPS, count="scored"),
+    "communication_balancing": lambda routing, _: losses.communication_balancing(routing, GROUPS, 1, count="scored"),
+}
+
+
+@pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("name", SCORED)
+def test_the_best_scored_counted_by_the_equation(name, sigmoid):
+    routing, ids_T = any_routing(9, 6, 2, sigmoid=sigmoid, drops=True, masked=True), torch.arange(9) // 4
+    arguments = {"sequence_balancing": [ids_T.tolist()], "communication_balancing": [1]}.get(name, [])
+    wanted = getattr(Plain(routing, "scored"), name)(*arguments)
+    got = SCORED[name](routing, ids_T).item()
+    assert got == pytest.approx(wanted, rel=rel("fp64 scalar"))
+    assert got != EVERY_LOSS[name](routing, ids_T).item()
+    with torch.no_grad():
+        routing.logits_TE[~routing.mask_T] = torch.nan
+    assert SCORED[name](routing, ids_T).item() == got
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 6])
@@ -237,10 +262,17 @@ def router(name: str, experts: int = 6, top_k: int = 2, **changes: object):
 def test_the_biased_choice_is_counted_and_the_bias_is_not_in_the_probabilities():
     sigmoid = router("sigmoid", experts=4, top_k=1, gate_order="softmax_topk")
     sigmoid.selection_bias += torch.tensor([0.0, 0.0, 9.0, 0.0])
-    routing = sigmoid(torch.randn(10, 5, dtype=torch.float64))
+    x_TD = torch.randn(10, 5, dtype=torch.float64)
+    routing = sigmoid(x_TD)
     scores_TE = routing.logits_TE.sigmoid()
     wanted = 4 * (scores_TE / scores_TE.sum(-1, keepdim=True)).mean(0)[2]  # every token chose expert 2
     assert losses.load_balancing(routing).item() == pytest.approx(wanted.item(), rel=rel("fp64 scalar"))
+    # Counted without it, as 2412.19437 eq 18 does, the loss is that of a router that never had a bias.
+    with torch.no_grad():
+        scored = losses.load_balancing(routing, count="scored").item()
+        sigmoid.selection_bias.zero_()
+    assert scored == losses.load_balancing(sigmoid(x_TD)).item()
+    assert scored != losses.load_balancing(routing).item()
 
 
 def test_the_group_limited_choice_is_counted():
@@ -330,8 +362,10 @@ def test_arguments_that_do_not_fit():
         with pytest.raises(ConfigError, match="one id for each of 13 tokens"):
             losses.sequence_balancing(routing, ids)
     for loss in (losses.load_balancing, lambda r, count: losses.sequence_balancing(r, torch.zeros(13), count=count)):
-        with pytest.raises(ConfigError, match="chosen or kept"):
+        with pytest.raises(ConfigError, match="scored, chosen or kept"):
             loss(routing, count="all")
+    with pytest.raises(UnsupportedError, match="same number of experts"):
+        losses.load_balancing(router("expert_choice")(torch.randn(6, 5)), count="scored")
 
 
 def test_counts_that_do_not_fit():
@@ -352,8 +386,8 @@ def test_counts_that_do_not_fit():
 
 
 def test_the_registry_holds_what_needs_only_routings():
-    assert list(losses.LOSSES) == ["entropy", "importance", "load", "load_balancing", "z_loss"]
-    layers = [any_routing(9, 6, 2) for _ in range(2)]
+    assert list(losses.LOSSES) == ["entropy", "group_balancing", "importance", "load", "load_balancing", "z_loss"]
+    layers = [dataclasses.replace(any_routing(9, 6, 2), groups=3) for _ in range(2)]
     for name in losses.LOSSES:
         assert losses.LOSSES[name](layers).item() == getattr(losses, name)(layers).item()
     with pytest.raises(UnknownNameError, match="unknown router loss 'balance'; choose from: entropy, "):
@@ -367,3 +401,20 @@ def test_probabilities_are_those_of_the_routing():
         share_E: Tensor = routing.counts_E.double() / 18
         wanted = 6 * (share_E * routing.probs_TE.mean(0)).sum()
         assert losses.load_balancing(routing).item() == pytest.approx(wanted.item(), rel=rel("fp64 scalar"))
+
+
+def test_group_balancing_knows_the_routers_own_groups():
+    tree = {"router": "hierarchical", "router_options": {"groups": 3, "groups_per_token": 2}}
+    limited = {"router_options": {"groups": GroupLimit(groups=3, chosen=2)}}
+    values = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 6, "top_k": 2}
+    for changes in (tree, limited):
+        routing = MoE(MoEConfig(**values, **changes))(torch.randn(20, 8))[1]
+        assert losses.LOSSES["group_balancing"](routing).item() == losses.group_balancing(routing, 3).item()
+    with pytest.raises(UnsupportedError, match="no groups of experts"):
+        losses.group_balancing(MoE(MoEConfig(**values))(torch.randn(20, 8))[1])
+
+
+def test_layers_may_have_different_groups():
+    layers = [dataclasses.replace(any_routing(9, 6, 2), groups=groups) for groups in (2, 3)]
+    mean = sum(losses.group_balancing(one, one.groups).item() for one in layers) / 2
+    assert losses.group_balancing(layers).item() == pytest.approx(mean, rel=rel("fp64 scalar"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import logging
 import os
@@ -11,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import tiny_data, tiny_decoder
+from tiny_training import EXPERTS, tiny_data, tiny_decoder
 from torch.nn import functional as F
 
-from moekit.config import TrainConfig
-from moekit.errors import DivergenceError
+from moekit.config import CapacityConfig, TrainConfig
+from moekit.errors import DivergenceError, UnknownNameError
 from moekit.models.decoder import Decoder
 from moekit.moe import losses
 from moekit.train import StepMetrics, Trainer, TrainingData
@@ -219,3 +221,99 @@ def test_tensorboard_events(data: TrainingData, tmp_path: Path) -> None:
     seen, _ = train(tiny_decoder(), data, tmp_path, tensorboard=True)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([m.loss for m in seen])
+
+
+STATEFUL = {
+    "sigmoid": {"router": "sigmoid", "norm_topk_prob": True, "router_options": {"bias_rate": 0.25}},
+    "gumbel": {"router": "gumbel", "router_options": {"anneal_steps": 4}},
+    "top_p": {"router": "top_p", "gate_order": "softmax_topk", "router_options": {"target_k": 1.0, "rate": 0.5}},
+}
+
+
+def stateful(name: str) -> Decoder:
+    return tiny_decoder(moe=dataclasses.replace(EXPERTS, **STATEFUL[name]))
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "moe", "block"])
+def test_selection_bias_follows_the_step_and_not_the_recompute(data, tmp_path, checkpointing) -> None:
+    """b += rate · sign(mean − load), once a step over all micro-batches (2408.15664 algorithm 1)."""
+    decoder = stateful("sigmoid")
+    twin = copy.deepcopy(decoder)
+    settings = {"steps": 1, "accumulate": 2, "batch_size": 2, "checkpointing": checkpointing, "balance_coef": 0.0}
+    Trainer(decoder, data, config(**settings), tmp_path).run()
+    loads = [torch.zeros(4) for _ in twin.layers]
+    for part in range(2):
+        batch = data.train.batch(part, 2)
+        routings = twin(batch.input_ids_BL, document_ids=batch.document_ids_BL).routings
+        for number, routing in enumerate(routings):
+            loads[number] += torch.bincount(routing.expert_ids_A, minlength=4)
+    for layer, load in zip(decoder.layers, loads, strict=True):
+        assert layer.mlp.router.selection_bias.tolist() == (0.25 * (load.mean() - load).sign()).tolist()
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_router_s_state_is_saved_and_resumed(data, tmp_path, name) -> None:
+    trained, again, start = stateful(name), stateful(name), stateful(name)
+    Trainer(trained, data, config(steps=3, save_every=3), tmp_path).run()
+    Trainer(again, data, config(steps=3, save_every=3), tmp_path)
+    buffers = dict(trained.named_buffers())
+    assert buffers
+    for key, value in buffers.items():
+        assert torch.equal(value, again.get_buffer(key))
+        assert not torch.equal(value, start.get_buffer(key))
+
+
+@pytest.mark.parametrize("over", ["sequence", "step"])
+def test_the_balance_may_be_taken_over_documents_or_over_the_step(data, tmp_path, over) -> None:
+    decoder, twin = tiny_decoder(), tiny_decoder()
+    settings = {"steps": 1, "accumulate": 2, "batch_size": 2, "balance_over": over, "balance_coef": 0.3}
+    seen = Trainer(decoder, data, config(**settings), tmp_path).run().last
+    batches = [data.train.batch(part, 2) for part in range(2)]
+    shares = [batch.num_labels / sum(b.num_labels for b in batches) for batch in batches]
+    expected, so_far = 0.0, [torch.zeros(4) for _ in twin.layers]
+    for batch, share in zip(batches, shares, strict=True):
+        routings = twin(batch.input_ids_BL, document_ids=batch.document_ids_BL).routings
+        documents = torch.zeros(2, 32) if batch.document_ids_BL is None else batch.document_ids_BL
+        values = []
+        for number, routing in enumerate(routings):
+            so_far[number] += torch.bincount(routing.expert_ids_A, minlength=4)
+            counts = so_far[number]
+            probs = routing.logits_TE.softmax(-1)
+            if over == "step":
+                values.append(4 * (counts / counts.sum()) @ probs.mean(0))
+                continue
+            ids = (documents + 1000 * torch.arange(2)[:, None]).flatten()
+            for one in ids.unique():
+                mine = ids == one
+                f = torch.bincount(routing.expert_ids_TK[mine].flatten(), minlength=4) / (2 * mine.sum())
+                values.append(4 * f @ probs[mine].mean(0) / len(ids.unique()))
+        mean = sum(values) / len(routings)
+        expected += share * mean.item()
+    assert seen.balance_loss == pytest.approx(expected, rel=rel("fp32 loss"))
+
+
+def test_other_router_losses_are_added_and_logged(data, tmp_path) -> None:
+    decoder, twin = tiny_decoder(), tiny_decoder()
+    weights = {"importance": 0.5, "entropy": 0.25}
+    seen = Trainer(decoder, data, config(steps=1, balance_coef=0.0, aux_losses=weights), tmp_path).run().last
+    batch = data.train.batch(0, 4)
+    out = twin(batch.input_ids_BL, document_ids=batch.document_ids_BL)
+    lm = F.cross_entropy(out.logits.flatten(0, 1), batch.labels_BL.flatten())
+    probs = [routing.logits_TE.softmax(-1) for routing in out.routings]
+    entropy = sum(-(p * p.log()).sum(-1).mean() for p in probs) / 2
+    sums = [torch.zeros(4).index_add(0, r.expert_ids_A, r.weights_A) for r in out.routings]
+    importance = sum(s.var(correction=0) / s.mean() ** 2 for s in sums) / 2
+    assert dict(seen.aux_losses) == pytest.approx(
+        {"importance": importance.item(), "entropy": entropy.item()}, rel=rel("fp32 loss")
+    )
+    assert seen.loss == pytest.approx((lm + 0.5 * importance + 0.25 * entropy).item(), rel=rel("fp32 loss"))
+    with pytest.raises(UnknownNameError, match="unknown router loss 'importanse'"):
+        Trainer(tiny_decoder(), data, config(aux_losses={"importanse": 1.0}), tmp_path / "other")
+
+
+def test_dropped_choices_and_mean_k_are_reported(data, tmp_path) -> None:
+    tight = dataclasses.replace(EXPERTS, capacity=CapacityConfig(tokens=3))
+    seen = Trainer(tiny_decoder(moe=tight), data, config(steps=1, batch_size=2), tmp_path).run().last
+    # 64 tokens choose 2 of 4 experts, which take 3 each.
+    assert seen.mean_k == 2.0
+    assert seen.dropped == pytest.approx(1 - 4 * 3 / 128)

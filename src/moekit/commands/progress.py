@@ -10,8 +10,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
     from moekit.train.metrics import StepMetrics
+    from moekit.train.study import Outcome
 
-__all__ = ["TrainingProgress", "parts"]
+__all__ = ["StudyProgress", "TrainingProgress", "parts"]
 
 
 class TrainingProgress:
@@ -43,6 +44,37 @@ class TrainingProgress:
         self._progress.update(self._task, completed=metrics.step, parts=parts(metrics))
 
     def __enter__(self) -> TrainingProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+
+class StudyProgress:
+    """A bar over the trainings of a study, with the time left; a context manager whose `on_outcome` is its callback."""
+
+    def __init__(self, console: Console, trainings: int) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed}/{task.total} trainings"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[last]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("study", total=trainings, last="")
+
+    def on_outcome(self, outcome: Outcome) -> None:
+        """Show the training that is done."""
+        last = f"{outcome.contender}, seed {outcome.seed}: {outcome.loss:.4f}"
+        self._progress.update(self._task, advance=1, last=last)
+
+    def __enter__(self) -> StudyProgress:
         self._progress.start()
         return self
 

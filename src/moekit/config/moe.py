@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from moekit.config.base import check, choice, from_dict, positive
-from moekit.config.routers import ROUTER_OPTIONS, RouterOptions, SigmoidOptions
+from moekit.config.routers import ROUTER_OPTIONS, HashOptions, RouterOptions
 from moekit.errors import ConfigError
 
 __all__ = ["Activation", "CapacityConfig", "ExpertGroup", "ExpertKind", "MoEConfig"]
@@ -192,14 +192,16 @@ class MoEConfig:
         return self.router_options
 
     @property
-    def selection_bias(self) -> bool:
-        """Whether the router balances by a bias on the selection (2408.15664) and so needs no auxiliary loss."""
-        return isinstance(self.router_options, SigmoidOptions) and self.router_options.bias
-
-    @property
     def shared_width(self) -> int:
         """Inner width of all shared experts together; 0 without any."""
         return self.num_shared_experts * (self.shared_intermediate_size or self.intermediate_size)
+
+    def for_layer(self, layer: int) -> MoEConfig:
+        """The configuration of layer number `layer` of a model: a hash router gets a seed of its own."""
+        if not isinstance(self.router_options, HashOptions):
+            return self
+        options = dataclasses.replace(self.router_options, seed=self.router_options.seed + layer)
+        return dataclasses.replace(self, router_options=options)
 
     def group_config(self, group: ExpertGroup) -> MoEConfig:
         """The layer that holds this group's experts alone, for building and counting them."""

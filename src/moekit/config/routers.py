@@ -64,6 +64,11 @@ class RouterOptions:
     sigmoid: ClassVar[bool] = False
     """Whether scores are sigmoids of the logits instead of their softmax."""
 
+    @property
+    def balanced(self) -> bool:
+        """Whether the router keeps its experts busy without a loss."""
+        return False
+
     def gate_rows(self, num_experts: int) -> int:
         """Rows of width hidden_size that the router multiplies with each token: its parameters and its work."""
         return num_experts
@@ -127,6 +132,10 @@ class SigmoidOptions(TopKOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.bias_rate >= 0, f"bias_rate must be at least 0, not {self.bias_rate}")
+
+    @property
+    def balanced(self) -> bool:
+        return self.bias and self.bias_rate > 0
 
 
 @ROUTER_OPTIONS.register("noisy_topk")
@@ -224,6 +233,10 @@ class ExpertChoiceOptions(GateOptions):
     active: ClassVar[str] = "K on average, 0 to E"
     gated: ClassVar[bool] = False
 
+    @property
+    def balanced(self) -> bool:
+        return True
+
 
 @ROUTER_OPTIONS.register("hash")
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +246,11 @@ class HashOptions(RouterOptions):
     source: ClassVar[str] = "2106.04426 §3"
     gated: ClassVar[bool] = False
     seed: int = 0
-    """Another seed gives another assignment; give each layer its own to let them differ."""
+    """Another seed gives another assignment. A `Decoder` adds the layer's number to it."""
+
+    @property
+    def balanced(self) -> bool:
+        return True
 
     def gate_rows(self, num_experts: int) -> int:
         return 0
@@ -251,6 +268,10 @@ class SinkhornOptions(GateOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, "iterations")
+
+    @property
+    def balanced(self) -> bool:
+        return True
 
 
 @ROUTER_OPTIONS.register("hierarchical")

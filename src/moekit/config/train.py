@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from moekit.config.base import check, choice, positive
@@ -58,8 +59,13 @@ class TrainConfig:
     """Largest global gradient norm; 0 turns clipping off."""
     balance_coef: float | None = None
     """Weight of the Switch load-balancing loss; the model's own router_aux_loss_coef when not given."""
+    balance_over: Literal["micro_batch", "sequence", "step"] = "micro_batch"
+    """What the load-balancing loss counts over: each micro-batch; each document by itself (2412.19437); or all that
+    the step has seen so far (2501.11873), which lets experts specialise."""
     z_coef: float = 0.0
     """Weight of the router z-loss."""
+    aux_losses: Mapping[str, float] = field(default_factory=dict)
+    """Other router losses and their weights, by their names in `moekit.losses.LOSSES` (importance, load, entropy …)."""
     autocast: Autocast = "auto"
     """Compute dtype over fp32 master weights; routers, norms and losses stay in fp32. auto takes bfloat16 where the
     machine multiplies it faster than fp32."""
@@ -88,4 +94,7 @@ class TrainConfig:
             value = getattr(self, name)
             check(0 <= value < 1, f"{name} must lie in [0, 1), not {value}")
         choice(self, "autocast", ("auto", "bfloat16", "none"))
+        choice(self, "balance_over", ("micro_batch", "sequence", "step"))
+        for name, weight in self.aux_losses.items():
+            check(weight >= 0, f"the weight of aux loss {name} must be at least 0, not {weight}")
         choice(self, "checkpointing", ("none", "moe", "block"))

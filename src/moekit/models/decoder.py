@@ -49,7 +49,7 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         moe = config.moe if config.is_moe_layer(layer) else None
-        self.mlp = MoE(moe) if moe else DenseMLP(config.hidden_size, config.intermediate_size)
+        self.mlp = MoE(moe.for_layer(layer)) if moe else DenseMLP(config.hidden_size, config.intermediate_size)
 
     def forward(
         self, x_BLD: Tensor, inputs: AttentionInput, recompute_moe: bool = False

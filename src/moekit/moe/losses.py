@@ -5,8 +5,8 @@ pool of their tokens (two layers that collapse on different experts must not loo
 Each returns a scalar, float32 also under autocast (float64 for float64 logits), 0 when there is no real token,
 and raises `ConfigError` for an empty sequence: a dense model has no routing to balance.
 Counts have no gradient, probabilities have: P is the mean of `Routing.probs_TE` over real tokens.
-`count` says which assignments are counted: those the router "chosen", biased and group-limited as it chose, or
-those that capacity "kept". Capacity hides an overload, so the default is "chosen".
+`count` says which assignments are counted: the K best "scored" experts, as if there were no selection bias, groups
+or capacity; those the router has "chosen", which is the default; or those that capacity "kept", which hides overload.
 Shapes: T tokens, E experts, K experts a token, A assignments, G groups of E/G experts each, in order, S sequences.
 """
 
@@ -40,7 +40,7 @@ __all__ = [
 
 Routings: TypeAlias = Routing | Sequence[Routing]
 RouterLoss: TypeAlias = Callable[[Routings], Tensor]
-Count: TypeAlias = Literal["chosen", "kept"]
+Count: TypeAlias = Literal["scored", "chosen", "kept"]
 
 
 def load_balancing(
@@ -78,8 +78,8 @@ def sequence_balancing(routing: Routings, sequence_ids_T: Tensor, *, count: Coun
     """The balance loss of every sequence by itself, averaged over the sequences, long or short.
 
     L = 1/S · Σ_s E · Σ_i f_i^s · P_i^s, with counts and probabilities of the tokens of sequence s. Values as
-    `load_balancing`; it is at its minimum only if every sequence is balanced. Source: 2412.19437 eq 17–20, where P is
-    made of sigmoid scores divided by their sum, as `Routing.probs_TE` of a sigmoid router is.
+    `load_balancing`. Source: 2412.19437 eq 17–20, where P is made of sigmoid scores divided by their sum, as
+    `Routing.probs_TE` of a sigmoid router is, and where count is "scored": the selection bias is left out of eq 18.
 
     Args:
         sequence_ids_T: int64; tokens with the same id are one sequence, wherever they stand. Packed documents need
@@ -95,7 +95,11 @@ def sequence_balancing(routing: Routings, sequence_ids_T: Tensor, *, count: Coun
 
 
 def group_balancing(
-    routing: Routings, groups: int, *, count: Count = "chosen", counts_E: Tensor | Sequence[Tensor] | None = None
+    routing: Routings,
+    groups: int | None = None,
+    *,
+    count: Count = "chosen",
+    counts_E: Tensor | Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Balance between groups of experts, on one device each; inside a group anything goes: L = Σ_g f'_g · P'_g.
 
@@ -104,10 +108,11 @@ def group_balancing(
     groups = E it is `load_balancing`. Source: 2401.06066 eq 15–17.
 
     Args:
-        groups: G groups of equal size, experts in order.
+        groups: G groups of equal size, experts in order; the router's own (`Routing.groups`) when not given.
         counts_E: as in `load_balancing`.
     Raises:
         ConfigError: groups does not divide the number of experts, or counts_E does not fit.
+        UnsupportedError: groups is not given and the router has none.
 
     >>> ids = torch.tensor([0, 0, 2, 2])   # experts 1 and 3 idle, groups {0, 1} and {2, 3} balanced
     >>> group_balancing(Routing(torch.arange(4), ids, torch.ones(4), torch.zeros(4, 4), top_k=1), groups=2).item()
@@ -116,8 +121,8 @@ def group_balancing(
     layers = _layers(routing)
     shares = _shares(layers, count, counts_E)
     return _mean(
-        groups * (_by_group(share_E, groups) * _by_group(_mean_probs(one), groups)).sum()
-        for one, share_E in zip(layers, shares, strict=True)
+        number * (_by_group(share_E, number) * _by_group(_mean_probs(one), number)).sum()
+        for one, share_E, number in zip(layers, shares, _group_numbers(layers, groups), strict=True)
     )
 
 
@@ -211,7 +216,7 @@ def entropy(routing: Routings) -> Tensor:
 LOSSES: Registry[RouterLoss] = Registry("router loss")
 """The losses that need nothing but routings, by name."""
 # Registered here and not by decorators, which would forget the functions' keyword arguments.
-for _loss in (load_balancing, z_loss, importance, load, entropy):
+for _loss in (load_balancing, group_balancing, z_loss, importance, load, entropy):
     LOSSES.register(_loss.__name__)(_loss)
 
 
@@ -246,11 +251,17 @@ def _mean_probs(routing: Routing) -> Tensor:
 
 def _choice(routing: Routing, count: Count) -> Choice:
     """The assignments that are counted, padding's among them."""
-    if count not in ("chosen", "kept"):
-        raise ConfigError(f"count must be chosen or kept, not {count!r}")
-    if count == "chosen" and routing.chosen is not None:
-        return routing.chosen
-    return Choice(routing.token_ids_A, routing.expert_ids_A, routing.top_k)
+    if count not in ("scored", "chosen", "kept"):
+        raise ConfigError(f"count must be scored, chosen or kept, not {count!r}")
+    kept = Choice(routing.token_ids_A, routing.expert_ids_A, routing.top_k)
+    chosen = routing.chosen or kept
+    return _scored(routing, chosen.top_k) if count == "scored" else chosen if count == "chosen" else kept
+
+
+def _scored(routing: Routing, top_k: int | None) -> Choice:
+    if top_k is None:
+        raise UnsupportedError('count "scored" needs a router that chooses the same number of experts for every token')
+    return Choice.regular(routing.logits_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k])
 
 
 def _shares(layers: Sequence[Routing], count: Count, counts_E: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
@@ -312,6 +323,15 @@ def _sent(routing: Routing, groups: int, count: Count) -> Tensor:
     sent_TG = torch.zeros(routing.num_tokens, groups, dtype=torch.bool, device=choice.token_ids_A.device)
     sent_TG[choice.token_ids_A, choice.expert_ids_A // (routing.num_experts // groups)] = True
     return sent_TG[_real(routing)].sum(dim=0).to(routing.logits_TE) / max(routing.real_tokens, 1)
+
+
+def _group_numbers(layers: Sequence[Routing], groups: int | None) -> list[int]:
+    """The number of groups of each layer."""
+    numbers = [one.groups if groups is None else groups for one in layers]
+    known = [number for number in numbers if number is not None]
+    if len(known) < len(numbers):
+        raise UnsupportedError("this router has no groups of experts: say how many with groups=")
+    return known
 
 
 def _check_groups(experts: int, groups: int) -> None:

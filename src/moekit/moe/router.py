@@ -114,6 +114,11 @@ class Router(nn.Module):
         noisy = self.training and self._is_noisy()
         return int(torch.randint(1 << 62, (), device="cpu")) if noisy else None
 
+    def _groups(self) -> int | None:
+        """Groups of experts, for the losses and measures that look at groups."""
+        groups = getattr(self.options, "groups", None)
+        return groups.groups if isinstance(groups, GroupLimit) else groups
+
     def _is_noisy(self) -> bool:
         return isinstance(self.options, GateOptions) and (self.options.jitter > 0 or self.options.noise_std > 0)
 
@@ -199,6 +204,7 @@ class Router(nn.Module):
             score_function="sigmoid" if self.options.sigmoid else "softmax",
             load_TE=scores.load_TE,
             rows_per_expert=decision.rows_per_expert,
+            groups=self._groups(),
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:

@@ -72,6 +72,7 @@ class Routing:
         load_TE: float32, the probability that each expert is among a token's K under fresh noise, with the
             router's gradient; None for routers without learned noise, and in eval.
         rows_per_expert: fill each expert up to this many rows (`CapacityConfig.pad`); None for no padding.
+        groups: how many groups of equal size the router cuts its experts into; None for a router without groups.
     """
 
     token_ids_A: Tensor
@@ -84,6 +85,7 @@ class Routing:
     score_function: Literal["softmax", "sigmoid"] = "softmax"
     load_TE: Tensor | None = None
     rows_per_expert: int | None = None
+    groups: int | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -7,7 +7,8 @@ it always reads like that of a run which was never interrupted.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,7 +25,7 @@ class StepMetrics:
 
     step: int
     loss: float
-    """What was minimised: lm_loss + balance_coef · balance_loss + z_coef · z_loss."""
+    """What was minimised: lm_loss + balance_coef · balance_loss + z_coef · z_loss + the weighted aux_losses."""
     lm_loss: float
     """Mean cross-entropy of the step's labels, in nats."""
     balance_loss: float | None
@@ -40,6 +41,12 @@ class StepMetrics:
     """Of all experts of all MoE layers, how many got a token in this step."""
     max_vio: float
     """Of the worst layer: its busiest expert's tokens over the mean, minus 1."""
+    mean_k: float = 0.0
+    """Experts that a token chose, on average over layers; 0 for a dense model."""
+    dropped: float = 0.0
+    """Share of the choices that found no room."""
+    aux_losses: Mapping[str, float] = field(default_factory=dict)
+    """Other router losses by name, before their weights."""
     valid_loss: float | None = None
     """Mean cross-entropy of the held-out text, when this step measured it."""
     valid_perplexity: float | None = None
@@ -70,7 +77,8 @@ class MetricsLog:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
         if self._events is not None:
-            for name, value in values.items():
+            others = values.pop("aux_losses")
+            for name, value in (values | others).items():
                 if name != "step" and value is not None:
                     self._events.add_scalar(name, value, metrics.step)
 

@@ -13,9 +13,9 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,7 +25,7 @@ import torch
 from moekit.config import TrainConfig
 from moekit.errors import ConfigError, DivergenceError
 from moekit.models.decoder import Decoder
-from moekit.moe import losses
+from moekit.moe import MoE, RoutingTotals
 from moekit.train.data import Batch, TrainingData
 from moekit.train.evaluate import Evaluation, autocast_dtype, compute_context, monitor_of, perplexity
 from moekit.train.loss import chunked_cross_entropy
@@ -33,6 +33,7 @@ from moekit.train.memory import freed_memory_kept
 from moekit.train.metrics import MetricsLog, StepMetrics
 from moekit.train.monitor import RoutingMonitor
 from moekit.train.optim import lr_at, make_optimizer, set_lr
+from moekit.train.router_losses import RouterLosses
 from moekit.train.state import RunIdentity, load_newest, restore, save_checkpoint
 
 __all__ = ["StepMetrics", "TrainResult", "Trainer"]
@@ -55,14 +56,15 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class _Losses:
-    """Sums over a step's micro-batches, each part already weighted."""
+    """Sums over a step's micro-batches, each already counted by its share; router losses before their weights."""
 
     lm: float = 0.0
-    balance: float = 0.0
-    z: float = 0.0
+    router: Mapping[str, float] = field(default_factory=dict)
 
     def __add__(self, other: _Losses) -> _Losses:
-        return _Losses(self.lm + other.lm, self.balance + other.balance, self.z + other.z)
+        names = {**self.router, **other.router}
+        router = {name: self.router.get(name, 0.0) + other.router.get(name, 0.0) for name in names}
+        return _Losses(self.lm + other.lm, router)
 
 
 class Trainer:
@@ -96,7 +98,10 @@ class Trainer:
         self.run_dir = Path(run_dir)
         self.on_step = on_step
         self.is_moe = bool(decoder.config.moe_layers)
-        self.balance_coef = self._balance_coef()
+        self.router_losses = RouterLosses(
+            self._balance_coef(), config.z_coef, config.balance_over, config.aux_losses if self.is_moe else {}
+        )
+        self.routers = [module.router for module in decoder.modules() if isinstance(module, MoE)]
         self.monitor = monitor_of(decoder)
         self.optimizer = make_optimizer(decoder, config)
         self.identity = RunIdentity(config, decoder.config, _identify(data))
@@ -142,16 +147,20 @@ class Trainer:
         ]
         labels = sum(batch.num_labels for batch in batches)
         monitor, parts = monitor_of(self.decoder), _Losses()
+        totals: list[RoutingTotals] = []
         self.optimizer.zero_grad(set_to_none=True)
         for batch in batches:
-            parts += self._micro_batch(batch, labels, monitor)
+            parts += self._micro_batch(batch, labels, monitor, totals)
         step = self.step + 1
-        loss = parts.lm + self.balance_coef * parts.balance + config.z_coef * parts.z
+        weights = self.router_losses.weights
+        loss = parts.lm + sum(weights[name] * value for name, value in parts.router.items())
         grad_norm = self._clip()
         self._check_finite(step, loss, grad_norm)
         lr = lr_at(step, config)
         set_lr(self.optimizer, lr)
         self.optimizer.step()
+        for router, of_step in zip(self.routers, totals, strict=True):
+            router.after_step(of_step)
         self.step = step
         self.monitor.add(monitor.counts_ME)
         tokens = sum(batch.input_ids_BL.numel() for batch in batches)
@@ -159,18 +168,24 @@ class Trainer:
             step=step,
             loss=loss,
             lm_loss=parts.lm,
-            balance_loss=parts.balance if self.is_moe else None,
-            z_loss=parts.z if self.is_moe else None,
+            balance_loss=parts.router.get("load_balancing"),
+            z_loss=parts.router.get("z_loss"),
             lr=lr,
             grad_norm=grad_norm,
             tokens=tokens * step,
             tokens_per_s=tokens / (time.perf_counter() - started),
             experts_used=monitor.experts_used if self.is_moe else 0,
             max_vio=monitor.max_vio,
+            mean_k=sum(each.mean_k for each in totals) / max(len(totals), 1),
+            dropped=sum(each.dropped for each in totals) / max(sum(int(each.chosen_E.sum()) for each in totals), 1),
+            aux_losses={name: parts.router[name] for name in config.aux_losses if name in parts.router},
         )
 
-    def _micro_batch(self, batch: Batch, labels: int, monitor: RoutingMonitor) -> _Losses:
-        """Forward and backward of one micro-batch, which counts by its share of the step's labels."""
+    def _micro_batch(self, batch: Batch, labels: int, monitor: RoutingMonitor, totals: list[RoutingTotals]) -> _Losses:
+        """Forward and backward of one micro-batch, which counts by its share of the step's labels.
+
+        Adds what its routers did to `monitor` and to `totals`, one a layer.
+        """
         share = batch.num_labels / max(labels, 1)
         with compute_context(self.decoder, self.config.autocast):
             features = self.decoder.features(
@@ -183,13 +198,17 @@ class Trainer:
                 denominator=labels,
                 dtype=autocast_dtype(self.decoder, self.config.autocast),
             )
-        balance = z = torch.zeros(())
+        values: dict[str, torch.Tensor] = {}
         if self.is_moe:
-            balance, z = losses.load_balancing(features.routings), losses.z_loss(features.routings)
-            loss = loss + share * (self.balance_coef * balance + self.config.z_coef * z)
+            new = [RoutingTotals.of(routing) for routing in features.routings]
+            totals[:] = [before + more for before, more in zip(totals, new, strict=True)] if totals else new
+            documents_BL = batch.document_ids_BL
+            sequences_BL = torch.zeros_like(batch.input_ids_BL) if documents_BL is None else documents_BL
+            values = self.router_losses.values(features.routings, sequences_BL, totals)
+            loss = loss + share * self.router_losses.total(values)
             monitor.update(features.routings)
         loss.backward()
-        return _Losses(lm.item(), share * balance.item(), share * z.item())
+        return _Losses(lm.item(), {name: share * value.item() for name, value in values.items()})
 
     def _clip(self) -> float:
         """Scale the gradients to at most clip_norm together; returns the norm they had."""
@@ -270,10 +289,11 @@ class Trainer:
         """The configured coefficient, or the model's own; says so when it cannot do what it is there for."""
         given = self.config.balance_coef
         coef = self.decoder.config.router_aux_loss_coef if given is None else given
-        if self.is_moe and coef == 0:
+        moe = self.decoder.config.moe
+        if self.is_moe and moe is not None and coef == 0 and not moe.options.balanced and not self.config.aux_losses:
             log.warning("balance_coef is 0: nothing keeps the experts in balance; 0.01 is usual")
-        if not self.is_moe and (given or self.config.z_coef):
-            log.warning("balance_coef and z_coef have no effect: the model has no MoE layer")
+        if not self.is_moe and (given or self.config.z_coef or self.config.aux_losses):
+            log.warning("balance_coef, z_coef and aux_losses have no effect: the model has no MoE layer")
         return coef if self.is_moe else 0.0
 
 
