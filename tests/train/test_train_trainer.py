@@ -317,3 +317,16 @@ def test_dropped_choices_and_mean_k_are_reported(data, tmp_path) -> None:
     # 64 tokens choose 2 of 4 experts, which take 3 each.
     assert seen.mean_k == 2.0
     assert seen.dropped == pytest.approx(1 - 4 * 3 / 128)
+
+
+def test_a_sick_run_raises_alarms_and_a_healthy_one_none(data, tmp_path, caplog) -> None:
+    alarms: list = []
+    Trainer(tiny_decoder(), data, config(steps=30), tmp_path / "healthy", on_alarm=alarms.append).run()
+    assert alarms == []
+    sick = tiny_decoder()
+    with torch.no_grad():
+        for layer in sick.layers:
+            layer.mlp.router.weight *= 100
+    with caplog.at_level(logging.WARNING):
+        Trainer(sick, data, config(steps=30, balance_coef=0.0, lr=1e-9), tmp_path / "sick").run()
+    assert any("router_saturated" in message and "set z_coef 0.001" in message for message in caplog.messages)

@@ -26,8 +26,10 @@ from moekit.config import TrainConfig
 from moekit.errors import ConfigError, DivergenceError
 from moekit.models.decoder import Decoder
 from moekit.moe import MoE, RoutingTotals
+from moekit.train.alarms import Alarm
 from moekit.train.data import Batch, TrainingData
 from moekit.train.evaluate import Evaluation, autocast_dtype, compute_context, monitor_of, perplexity
+from moekit.train.health import RunHealth
 from moekit.train.loss import chunked_cross_entropy
 from moekit.train.memory import freed_memory_kept
 from moekit.train.metrics import MetricsLog, StepMetrics
@@ -76,6 +78,7 @@ class Trainer:
         config: see `TrainConfig`.
         run_dir: gets `metrics.jsonl` and `checkpoints/`.
         on_step: called after each step with its metrics.
+        on_alarm: called with each new alarm (`moekit.train.alarms`); a warning is logged when not given.
     Raises:
         ConfigError: the checkpoint in `run_dir` belongs to another configuration, model or corpus.
         FormatError: there are checkpoints, none of them whole.
@@ -90,6 +93,7 @@ class Trainer:
         run_dir: str | Path,
         *,
         on_step: Callable[[StepMetrics], None] | None = None,
+        on_alarm: Callable[[Alarm], None] | None = None,
     ) -> None:
         self.decoder, self.data = decoder.float(), data
         # Settled now, so that a checkpoint says what its numbers were made with.
@@ -97,6 +101,7 @@ class Trainer:
         self.config = config = dataclasses.replace(config, autocast="bfloat16" if narrow else "none")
         self.run_dir = Path(run_dir)
         self.on_step = on_step
+        self.on_alarm = on_alarm or (lambda alarm: log.warning("%s", alarm))
         self.is_moe = bool(decoder.config.moe_layers)
         self.router_losses = RouterLosses(
             self._balance_coef(), config.z_coef, config.balance_over, config.aux_losses if self.is_moe else {}
@@ -106,6 +111,7 @@ class Trainer:
         self.optimizer = make_optimizer(decoder, config)
         self.identity = RunIdentity(config, decoder.config, _identify(data))
         self.step = self._resume()
+        self.health = RunHealth(decoder, config)
         self.evaluation: Evaluation | None = None
         self._saved = self.step
         self._stopping = False
@@ -164,7 +170,7 @@ class Trainer:
         self.step = step
         self.monitor.add(monitor.counts_ME)
         tokens = sum(batch.input_ids_BL.numel() for batch in batches)
-        return StepMetrics(
+        metrics = StepMetrics(
             step=step,
             loss=loss,
             lm_loss=parts.lm,
@@ -180,6 +186,9 @@ class Trainer:
             dropped=sum(each.dropped for each in totals) / max(sum(int(each.chosen_E.sum()) for each in totals), 1),
             aux_losses={name: parts.router[name] for name in config.aux_losses if name in parts.router},
         )
+        for alarm in self.health.step(metrics, totals):
+            self.on_alarm(alarm)
+        return metrics
 
     def _micro_batch(self, batch: Batch, labels: int, monitor: RoutingMonitor, totals: list[RoutingTotals]) -> _Losses:
         """Forward and backward of one micro-batch, which counts by its share of the step's labels.
