@@ -36,7 +36,7 @@ class Options:
     batch_size: int = 16
     """Rows of 128 bytes in a step."""
     fast: bool = False
-    """120 steps, for a first look in some minutes."""
+    """80 steps of 8 rows, for a first look in some minutes."""
     samples: Path = Path(".samples")
     """Where `make install` put the plays."""
 
@@ -53,15 +53,15 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 
     positive(options, "seeds", "steps", "batch_size")
     train, valid = _files(options)
-    steps = 120 if options.fast else options.steps
-    study = Study(options.out, train, valid, steps, options.batch_size)
+    steps, batch_size = (80, 8) if options.fast else (options.steps, options.batch_size)
+    study = Study(options.out, train, valid, steps, batch_size)
     seeds = range(options.seeds)
     with StudyProgress(console, len(ROUTER_CONTENDERS) * options.seeds) as progress:
         outcomes = study.run(ROUTER_CONTENDERS, seeds, progress.on_outcome)
     rows = summarise(outcomes)
     active = {each.name: parameters(model_config(each)).active for each in ROUTER_CONTENDERS}
     rows = [{**row, "active": active[row["contender"]]} for row in rows]
-    title = f"Routers at equal budget: {steps} steps of {options.batch_size} × 128 bytes, {options.seeds} seeds"
+    title = f"Routers at equal budget: {steps} steps of {batch_size} × 128 bytes, {options.seeds} seeds"
     picture = options.out / "routers.png"
     draw(rows, title, picture)
     result = {"rows": rows, "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes], "picture": str(picture)}
