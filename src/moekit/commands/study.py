@@ -67,7 +67,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     result = {"rows": rows, "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes], "picture": str(picture)}
     write_atomic(options.out / "summary.json", json.dumps(result, indent=2) + "\n")
     console.print(_table(rows, title))
-    console.print("expert_choice is not here: it looks at later tokens, and a model that predicts the next refuses it.")
+    console.print("loss: held out, nats a byte; uneven: σ ÷ mean of the experts' tokens; k: experts a token chose")
+    console.print("expert_choice is absent: it looks at later tokens, which a model that predicts them refuses")
     console.print(f"picture   {picture}", markup=False, highlight=False)
     return result
 
@@ -82,20 +83,22 @@ def _files(options: Options) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _table(rows: list[dict[str, Any]], title: str) -> Table:
+    from rich import box
     from rich.table import Table
 
-    table = Table("router", title=title, title_justify="left")
-    for column in ("held-out loss", "± sd", "imbalance", "dropped", "mean k", "active", "tokens/s"):
-        table.add_column(column, justify="right")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("router", no_wrap=True)
+    for column in ("loss", "± sd", "uneven", "dropped", "k", "active", "tok/s"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["contender"],
-            f"{row['loss']:.4f}",
-            f"{row['loss_sd']:.4f}",
+            f"{row['loss']:.3f}",
+            f"{row['loss_sd']:.3f}",
             f"{row['balance']:.2f}",
-            f"{row['dropped']:.1%}",
+            f"{row['dropped']:.0%}",
             f"{row['mean_k']:.2f}",
-            f"{row['active']:,}",
+            f"{row['active'] / 1000:,.0f} k",
             f"{row['tokens_per_s']:,.0f}",
         )
     return table
