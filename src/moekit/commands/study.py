@@ -99,6 +99,6 @@ def _table(rows: list[dict[str, Any]], title: str) -> Table:
             f"{row['dropped']:.0%}",
             f"{row['mean_k']:.2f}",
             f"{row['active'] / 1000:,.0f} k",
-            f"{row['tokens_per_s']:,.0f}",
+            f"{row['tokens_per_s'] / 1000:.1f} k",
         )
     return table
