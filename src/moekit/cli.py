@@ -38,6 +38,7 @@ VERBS = {
     "generate": "continue a prompt",
     "chat": "talk to a model in the terminal",
     "inspect": "show what a model is made of and which experts work on a text",
+    "lint": "name the silent mistakes of a configuration before a run",
     "doctor": "check this machine and this installation",
     "study": "train many small models that differ in one thing, and compare them",
     "bench": "measure speed beside transformers and the machine's limits",
