@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moekit.errors import UnsupportedError
 
@@ -100,8 +101,7 @@ class Routing:
         """Softmax of the logits over all experts; or their sigmoids divided by the sum of all (2412.19437 eq 19)."""
         if self.score_function == "softmax":
             return self.logits_TE.softmax(dim=-1)
-        scores_TE = self.logits_TE.sigmoid()
-        return scores_TE / scores_TE.sum(dim=-1, keepdim=True)
+        return F.logsigmoid(self.logits_TE).softmax(dim=-1)  # s / Σ s, also where every sigmoid underflows
 
     @cached_property
     def counts_E(self) -> Tensor:
