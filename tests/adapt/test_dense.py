@@ -66,6 +66,15 @@ class UpFirst(nn.Module):
         return self.two(up * F.relu(gate))
 
 
+class UpCalledFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(12, 20), nn.Linear(12, 20, bias=False), nn.Linear(20, 12)
+
+    def forward(self, x):
+        return self.down(self.up(x) * F.gelu(self.gate(x)))
+
+
 class Functional(nn.Module):
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -94,6 +103,7 @@ READABLE = {
     "Phi-3 fused": (fused, "silu", True, (0.0, 0.0)),
     "ours": (lambda: DenseMLP(12, 20), "silu", True, (0.0, 0.0)),
     "fused, up first": (UpFirst, "relu", True, (0.0, 0.0)),
+    "up called first": (UpCalledFirst, "gelu", True, (0.0, 0.0)),
     "Sequential gelu": (lambda: sequential(nn.GELU()), "gelu", False, (0.0, 0.0)),
     "Sequential tanh gelu": (lambda: sequential(nn.GELU("tanh")), "gelu_tanh", False, (0.0, 0.0)),
     "square": (lambda: sequential(nn.SiLU(), inner=12, bias=(True, False)), "silu", False, (0.0, 0.0)),

@@ -37,6 +37,20 @@ def test_output_is_kept_in_the_file_too(dense, tmp_path, capsys, method):
     torch.testing.assert_close(theirs, expected, **near("fp32 model"))
 
 
+def test_what_changes_is_said_and_what_cannot_be_written_is_refused_first(dense, tmp_path, capsys):
+    code, result = upcycle(capsys, dense, tmp_path / "drop", "--method", "drop", "--drop-fraction", "0.25")
+    assert (code, result["exact"], result["changes_output"]) == (0, False, "25% of every expert is drawn anew")
+    ids = torch.randint(50, (1, 8))
+    with torch.no_grad():
+        assert not torch.allclose(load(tmp_path / "drop")(ids).logits, load(dense)(ids).logits)
+    assert cli.main(["upcycle", str(dense), str(tmp_path / "noise"), "--method", "noise"]) == 0
+    assert "not the dense model's: every expert is perturbed" in capsys.readouterr().out
+    code, result = upcycle(capsys, dense, tmp_path / "raw", "--gate-order", "softmax_topk")
+    assert (code, result["type"]) == (2, "UnsupportedError")
+    assert "cannot express moe.gate_order" in result["error"]
+    assert not (tmp_path / "raw").exists()
+
+
 def test_counts_are_those_of_the_written_model(dense, tmp_path, capsys):
     _, result = upcycle(capsys, dense, tmp_path / "moe", "--num-experts", "4", "--top-k", "2")
     decoder = load(tmp_path / "moe").decoder

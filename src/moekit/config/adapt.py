@@ -22,7 +22,7 @@ class UpcycleConfig:
     >>> UpcycleConfig(method="copy").changes_output is None
     True
     >>> UpcycleConfig(method="copy", gate_order="softmax_topk").changes_output
-    "a token's weights sum to 0.25 only while all logits are equal (router_init_scale 0)"
+    "a token's weights sum to 0.25 only while all logits are 0 (router_init_scale 0)"
     """
 
     method: Literal["copy", "noise", "split", "drop"] = "split"
@@ -139,7 +139,7 @@ class UpcycleConfig:
             return "top_p gives a token another number of experts, and their weights are not normalised"
         if self.router_init_scale:
             sums = f"a token's weights sum to {self.weights_sum:.4g}"
-            return f"{sums} only while all logits are equal (router_init_scale 0)"
+            return f"{sums} only while all logits are 0 (router_init_scale 0)"
         return None
 
     def _capacity_changes(self) -> str | None:
