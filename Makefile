@@ -7,7 +7,7 @@ PIP := $(BIN)/pip --disable-pip-version-check
 SAMPLES := .samples
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test test-all lint types docs bench clean
+.PHONY: install quickstart test test-all lint types docs conformance bench clean
 
 install: $(STAMP) $(SAMPLES)/.installed
 
@@ -42,6 +42,10 @@ types: install
 # docs/cli.md is generated from the commands; this compares, `make docs WRITE=--write` writes.
 docs: install
 	$(BIN)/python docs/generate.py $(WRITE)
+
+# docs/conformance.md has every library's answer to every trap; this compares, WRITE=--write asks again and writes.
+conformance: install
+	PYTHONPATH=tests $(BIN)/python tests/conformance/report.py $(WRITE)
 
 bench: install
 	$(BIN)/moekit bench
