@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,13 @@ def test_table_has_every_family_of_this_transformers():
     package = Path(transformers.__file__).parent / "models"
     using = {path.parent.name for path in package.glob("*/modeling_*.py") if "@use_experts" in path.read_text()}
     assert using == set(FAMILIES)
+
+
+def test_page_names_every_family_once():
+    page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text()
+    table = page[page.index("| layout |") : page.index("Combinations that no family has")]
+    rows = [re.findall(r"`(\w+)`", row.split("|")[2]) for row in table.strip().splitlines()[2:]]
+    assert sorted(name for row in rows for name in row) == sorted(FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
