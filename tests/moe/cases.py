@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -86,11 +87,32 @@ CAPACITIES: dict[str, CapacityConfig | None] = {
 
 ROUTED = [(r, c) for r in ROUTER_CASES for c in CAPACITIES if c == "dropless" or not r.startswith("expert_choice")]
 FULL = [(r, e, c) for r, c in ROUTED for e in EXPERT_CASES]
-# Every pair of a router and a capacity, every pair of a router and an expert kind.
-SOME = [(r, e, c) for n, (r, c) in enumerate(ROUTED) for e in [list(EXPERT_CASES)[n % len(EXPERT_CASES)]]]
-SOME += [(r, e, "dropless") for r in ROUTER_CASES for e in EXPERT_CASES if (r, e, "dropless") not in SOME]
 
-ids = "-".join
+
+def _every_run() -> tuple[set[tuple[str, ...]], set[tuple[str, ...]]]:
+    """Rows that no run may skip, the others being heavy: every router dropless and under two capacities, which take
+    turns, each of these with one kind of experts, which take turns too; and every router with every kind.
+
+    The second set is smaller: every router twice.
+    """
+    limited, kinds = [c for c in CAPACITIES if c != "dropless"], list(EXPERT_CASES)
+    some: set[tuple[str, ...]] = set()
+    few: set[tuple[str, ...]] = set()
+    for number, router in enumerate(ROUTER_CASES):
+        capacities = ["dropless", *(limited[(2 * number + i) % len(limited)] for i in range(2))]
+        pairs = [(capacity, kinds[(number + i) % len(kinds)]) for i, capacity in enumerate(capacities)]
+        some |= {(router, capacity) for capacity in capacities}
+        some |= {(router, kind, capacity) for capacity, kind in pairs} | {(router, kind, "dropless") for kind in kinds}
+        few |= {(router, kind, capacity) for capacity, kind in pairs[:2]}
+    return some, few
+
+
+SOME, FEW = _every_run()
+
+
+def params(rows: list[tuple[str, ...]], every_run: set[tuple[str, ...]] = SOME) -> list[Any]:
+    """For `pytest.mark.parametrize`."""
+    return [pytest.param(*row, id=" / ".join(row), marks=() if row in every_run else pytest.mark.heavy) for row in rows]
 
 
 def config(router: str, capacity: str = "dropless", expert: str = "swiglu", **changes: Any) -> MoEConfig:

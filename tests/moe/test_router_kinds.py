@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from cases import ROUTED, by_token, make, run, token_ids
+from cases import ROUTED, by_token, make, params, run, token_ids
 from plain_routers import plain_routing, softmax
 
 from moekit import MoEConfig
@@ -39,7 +39,7 @@ def fixed(router: Router, *logits: list[float]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize(("router", "capacity"), ROUTED)
+@pytest.mark.parametrize(("router", "capacity"), params(ROUTED))
 def test_equals_the_paper(router, capacity, training):
     masked = ROUTED.index((router, capacity)) % 2 == training
     layer = make(router, capacity).train(training)
