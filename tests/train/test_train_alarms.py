@@ -19,6 +19,7 @@ from moekit.train import RoutingMonitor, StepMetrics, Trainer
 from moekit.train.alarms import Alarm, AlarmLimits, Alarms, Memory, RunFacts, Signals
 from moekit.train.checks import CHECKS
 from moekit.train.health import RunHealth, expert_stacks, moe_layers, router_weights
+from tolerances import rel
 
 FACTS = RunFacts(num_experts=8, top_k=2, balance_coef=0.01, lr=1e-3, warmup_steps=5)
 
@@ -256,6 +257,12 @@ def test_an_alarm_is_told_once_and_again_when_it_has_rested() -> None:
     assert told == [5, 20]
 
 
+def test_an_alarm_that_stays_is_told_once() -> None:
+    alarms = Alarms(FACTS, AlarmLimits(quiet=3))
+    told = [alarm for number in range(20) for alarm in alarms.step(step(number, loss=math.inf))]
+    assert [alarm.step for alarm in told] == [0]
+
+
 def test_a_warning_that_becomes_an_error_is_told_again() -> None:
     alarms = Alarms(FACTS, AlarmLimits(window=1, every=1))
     told = []
@@ -319,6 +326,8 @@ def test_every_alarm_names_a_cause_and_a_remedy() -> None:
     first = {"k1_renormalised", "aux_switched_off"}
     assert {alarm.name for alarm in told} | first == set(CHECKS)
     assert [alarm.severity for alarm in told] == sorted(alarm.severity for alarm in told)
+    of_layers = {(alarm.name, alarm.layer) for alarm in told if alarm.name in ("collapse", "dead_experts", "imbalance")}
+    assert of_layers == {("collapse", 0), ("dead_experts", 1), ("imbalance", 2)}
     for alarm in told:
         assert alarm.evidence
         assert len(str(alarm).splitlines()) == 1
@@ -342,6 +351,33 @@ def test_facts_of_our_own_runs() -> None:
     assert RunFacts.of(tiny_config(moe=None), TrainConfig(balance_coef=0.0)).num_experts == 1
     hashed = MoEConfig(hidden_size=16, intermediate_size=8, num_experts=4, top_k=2, router="hash")
     assert not RunFacts.of(tiny_config(moe=hashed), TrainConfig()).router_trains
+
+
+def test_speed_is_a_step_s_between_two_readings() -> None:
+    decoder = tiny_decoder()
+    health = RunHealth(decoder, TrainConfig(), every=5)
+    with torch.no_grad():
+        decoder.layers[1].mlp.router.weight += 0.01
+    for number in (4, 5):
+        health.step(
+            StepMetrics(
+                step=number,
+                loss=2.0,
+                lm_loss=2.0,
+                balance_loss=1.0,
+                z_loss=1.0,
+                lr=1e-3,
+                grad_norm=1.0,
+                tokens=1,
+                tokens_per_s=1.0,
+                experts_used=8,
+                max_vio=0.0,
+            ),
+            (),
+        )
+        assert [one.layer for one in health.drift] == ([] if number == 4 else [0, 1])
+    assert health.drift[0].speed == 0
+    assert health.drift[1].speed == pytest.approx(4 * 0.01 / 5, rel=rel("fp32 loss"))
 
 
 def test_weights_that_are_read() -> None:
