@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
 import functools
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -366,6 +368,22 @@ def test_dbrx_whose_experts_take_rows_of_tokens() -> None:
         assert list(layer.counts) == torch.bincount(best.flatten(), minlength=4).tolist()
 
 
+def test_longcat_whose_last_experts_do_nothing() -> None:
+    torch.manual_seed(0)
+    config = transformers.LongcatFlashConfig(
+        vocab_size=64, hidden_size=32, ffn_hidden_size=48, expert_ffn_hidden_size=16, num_layers=2,
+        num_attention_heads=4, n_routed_experts=4, zero_expert_num=2, moe_topk=3, kv_lora_rank=8, q_lora_rank=16,
+        qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, head_dim=4,
+    )  # fmt: skip
+    model, ids = filled(transformers.LongcatFlashForCausalLM(config)), tokens()
+    with watch(model, routings=True) as seen:
+        model(input_ids=ids)
+    for layer, routing in zip(seen.report(), seen.routings, strict=True):
+        best = routing.logits_TE.topk(3, dim=-1).indices
+        assert list(layer.counts) == torch.bincount(best.flatten(), minlength=6).tolist()
+        assert sum(layer.counts[4:]) > 0
+
+
 def test_wrapped_by_peft() -> None:
     peft = pytest.importorskip("peft")
     model, ids = build("mixtral"), tokens()
@@ -450,3 +468,10 @@ def test_what_is_skipped_or_computed_elsewhere_is_no_choice() -> None:
         )
     assert seen.report()[0].counts == (1, 2, 1)
     assert seen.report()[0].mean_k == pytest.approx(4 / 3)
+
+
+def test_the_page_shows_what_happens() -> None:
+    page = Path(__file__).parents[2] / "docs" / "monitor.md"
+    result = doctest.testfile(str(page), module_relative=False)
+    assert result.attempted > 20
+    assert result.failed == 0
