@@ -79,12 +79,9 @@ class GroupedMLP(Experts):
         """Run every expert on its rows. Returns (R, D) in the compute dtype; gradients reach rows and weights."""
         dtype = self._compute_dtype(rows_RD)
         hidden_RG = kernels.grouped_mm(rows_RD.to(dtype), self.in_proj.to(dtype), counts_E)
-        if self.in_bias is not None:
-            hidden_RG = hidden_RG + self.in_bias.to(dtype).repeat_interleave(counts_E, dim=0)
+        hidden_RG = _plus_bias(hidden_RG, self.in_bias, counts_E)
         out_RD = kernels.grouped_mm(self._act(hidden_RG), self.down_proj.to(dtype), counts_E)
-        if self.down_bias is not None:
-            out_RD = out_RD + self.down_bias.to(dtype).repeat_interleave(counts_E, dim=0)
-        return out_RD
+        return _plus_bias(out_RD, self.down_bias, counts_E)
 
     def decode(self, x_TD: Tensor, routing: Routing) -> Tensor | None:
         """See `Experts.decode`: one fused op, where `can_decode`."""
@@ -212,3 +209,12 @@ class SharedExperts(nn.Module):
             hidden_TF = kernels.activate(self.gate_proj(x_TD), self.activation) * self.up_proj(x_TD)
         y_TD: Tensor = self.down_proj(hidden_TF)
         return y_TD if self.gate is None else y_TD * self.gate(x_TD).sigmoid()
+
+
+def _plus_bias(rows_RO: Tensor, bias_EO: Tensor | None, counts_E: Tensor) -> Tensor:
+    """Each row plus its expert's bias, as the product 1 · bias: its gradient is then a sum in fp32, where a repeated
+    bias would be summed row after row in its own dtype."""
+    if bias_EO is None:
+        return rows_RO
+    ones_R1 = rows_RO.new_ones(rows_RO.shape[0], 1)
+    return rows_RO + kernels.grouped_mm(ones_R1, bias_EO.to(rows_RO.dtype).unsqueeze(-1), counts_E)
