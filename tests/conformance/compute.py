@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conformance.adapter import Adapter, Check, Layer, Measured, Parts, Shape, each, off
+from conformance.adapter import Adapter, Layer, Parts, Shape
+from conformance.judge import Check, Measured, each, off
 from tolerances import rel
 
 TWIN = rel("fp32 twin")

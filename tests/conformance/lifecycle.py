@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from conformance.adapter import Absent, Adapter, Check, Shape, each, off
+from conformance.adapter import Adapter, Shape
+from conformance.judge import Absent, Check, each, off
 from tolerances import rel
 
 TWIN = rel("fp32 twin")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from conformance.adapter import Absent, Adapter, BiasedRouter, Layer, Measured, Parts, Routed, Shape, each, off
+from conformance.adapter import Adapter, BiasedRouter, Layer, Parts, Routed, Shape
+from conformance.judge import Absent, Measured, each, off
 from moekit import kernels, losses
 from moekit.config import CapacityConfig, GroupLimit, ModelConfig, MoEConfig
 from moekit.config.routers import ROUTER_OPTIONS

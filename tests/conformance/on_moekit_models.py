@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from conformance.adapter import said
+from conformance.judge import said
 from conformance.on_moekit import Moekit
 from moekit import plan
 from moekit.adapt import routings, to_moe, upcycle

@@ -15,7 +15,8 @@ from transformers import GptOssConfig, MixtralConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from conformance.adapter import Adapter, LoraCase, Shape, said
+from conformance.adapter import Adapter, LoraCase, Shape
+from conformance.judge import said
 from conformance.on_transformers import config_of, drawn
 from conformance.on_transformers_models import made
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from conformance.adapter import Absent, Adapter, BiasedRouter, Layer, NotApplicable, Parts, Routed, Shape
+from conformance.adapter import Adapter, BiasedRouter, Layer, Parts, Routed, Shape
+from conformance.judge import Absent, NotApplicable
 
 
 def built(shape: Shape, *, biased: bool = False, **router: Any) -> Any:

@@ -42,7 +42,8 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 )
 from transformers.models.switch_transformers.modeling_switch_transformers import load_balancing_loss_func as switch_loss
 
-from conformance.adapter import Absent, Adapter, BiasedRouter, Layer, Measured, Parts, Routed, Shape, each, off
+from conformance.adapter import Adapter, BiasedRouter, Layer, Parts, Routed, Shape
+from conformance.judge import Absent, Measured, each, off
 
 JITTER = 0.3
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from conformance.adapter import said
+from conformance.judge import said
 from conformance.on_transformers import Transformers, drawn
 
 IDS_BL = torch.randint(0, 32, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from conformance import compute, lifecycle, losses, routing
-from conformance.adapter import Adapter, Finding, run, status_of
+from conformance.adapter import Adapter, run
+from conformance.judge import Finding, status_of
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from conformance.adapter import MODES, Adapter, Check, Measured, Routed, Shape, each, off
+from conformance.adapter import MODES, Adapter, Routed, Shape
+from conformance.judge import Check, Measured, each, off
 from tolerances import rel
 
 FP32 = rel("fp32 scalar")

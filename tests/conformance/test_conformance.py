@@ -10,7 +10,8 @@ from importlib.metadata import version
 import pytest
 
 from conformance import report
-from conformance.adapter import run, status_of
+from conformance.adapter import run
+from conformance.judge import status_of
 
 # What moekit does not have yet: expert parallelism, growing and pruning, expert LoRA, quantisation.
 ABSENT = {28, 29, 30, 31, 33, 34, 35}

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from conformance.adapter import Layer, Routed, run, status_of
+from conformance.adapter import Layer, Routed, run
+from conformance.judge import status_of
 from conformance.losses import definition, top
 from conformance.on_moekit_models import MoekitModels
 from conformance.report import TRAPS
