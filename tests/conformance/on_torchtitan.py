@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from conformance.adapter import Adapter, BiasedRouter, Layer, Parts, Routed, Shape
+from conformance.adapter import Adapter, BiasedRouter, Layer, LoraCase, Parts, Routed, Shape
 from conformance.judge import Absent, NotApplicable
 
 
@@ -86,7 +86,12 @@ class Torchtitan(Adapter):
         if kind == "topk":
             norm = options.get("renormalise", True)
             return routed(with_gate(gate_ED, top_k, score_func="softmax", route_norm=norm), x_TD)
+        if kind == "capacity":
+            raise NotApplicable("capacity is the size of HybridEP's buffers between processes")
         return super().route(kind, x_TD, gate_ED, top_k)
+
+    def capacity(self, tokens: int, experts: int, top_k: int, factor: float) -> int:
+        raise NotApplicable("capacity is the size of HybridEP's buffers between processes")
 
     def renormalised_top1(self) -> nn.Module:
         return built(Shape(top_k=1), route_norm=True)
@@ -165,6 +170,19 @@ class Torchtitan(Adapter):
         experts = sum(parameter.numel() for parameter in layer.routed_experts.parameters())
         # It returns 6 FLOPs of training a parameter and token, without attention where there is no context.
         return (total, flops // 6), (by_hand, by_hand - experts // 6 * 4)
+
+    def decayed(self) -> list[str]:
+        # Weight decay reaches parameters alone.
+        return [name for name, _ in built(Shape()).named_parameters() if "expert_bias" in name]
+
+    def lora(self, shape: Shape, rank: int, *, transposed: bool, stacks: tuple[str, ...]) -> LoraCase:
+        raise Absent("its LoRA is for linear layers, and experts are none")
+
+    def says_experts_frozen(self) -> bool:
+        raise Absent("its LoRA is for linear layers, and experts are none")
+
+    def quantised(self) -> float:
+        raise NotApplicable("its low-precision training needs a GPU, and none was asked")
 
     def muon(self) -> float:
         raise NotApplicable("its Muon runs on sharded meshes, which this suite does not start")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import DeepseekV3Config, MixtralConfig, MixtralForCausalLM
 
-from conformance.judge import said
-from conformance.on_transformers import Transformers, drawn
+from conformance.adapter import LoraCase, Shape
+from conformance.judge import NotApplicable, said
+from conformance.on_transformers import GROUPED, Transformers, config_of, drawn
 
 IDS_BL = torch.randint(0, 32, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -75,6 +76,20 @@ class TransformersModels(Transformers):
             layer.mlp.experts.register_forward_pre_hook(count)
         plain(input_ids=IDS_BL, use_cache=False)
         return sum(counts).float(), by_hand_E
+
+    def decayed(self) -> list[str]:
+        # Weight decay reaches parameters alone.
+        router = GROUPED["deepseek_v3"][0](config_of(DeepseekV3Config))
+        return [name for name, _ in router.named_parameters() if "correction_bias" in name]
+
+    def lora(self, shape: Shape, rank: int, *, transposed: bool, stacks: tuple[str, ...]) -> LoraCase:
+        raise NotApplicable("LoRA on its experts is PEFT's")
+
+    def says_experts_frozen(self) -> bool:
+        raise NotApplicable("LoRA on its experts is PEFT's")
+
+    def quantised(self) -> float:
+        raise NotApplicable("its quantisers are other packages, which were not asked")
 
     def parameter_counts(self) -> tuple[tuple[int, int | None], tuple[int, int]]:
         model = made()
