@@ -33,7 +33,8 @@ def limit(
         scores_TE: what ranks the experts of a token; −inf where one is out of the question.
         probs_TE: what ranks the assignments in order "probability".
     Returns:
-        The choice with overflowing assignments moved (overflow "next"), and bool (A,): which of its rows have room.
+        The choice with overflowing assignments moved (overflow "next": in rounds, so that nobody moves before all have
+        asked for what they chose), and bool (A,): which of its rows have room.
         A token never gets the same expert twice; those without room name the expert that was chosen at first.
     """
     tokens_A, experts_A = choice.token_ids_A, choice.expert_ids_A.clone()
@@ -69,9 +70,7 @@ def rank_in_group(groups_N: Tensor) -> Tensor:
     sorted_N = groups_N[order_N]
     positions_N = torch.arange(groups_N.shape[0], device=groups_N.device)
     first_N = torch.searchsorted(sorted_N, sorted_N)
-    ranks_N = torch.empty_like(positions_N)
-    ranks_N[order_N] = positions_N - first_N
-    return ranks_N
+    return order_N.scatter(0, order_N, positions_N - first_N)
 
 
 def _order(choice: Choice, probs_TE: Tensor, config: CapacityConfig) -> Tensor:
