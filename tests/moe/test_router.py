@@ -1,17 +1,22 @@
-"""Routing: the definitions, the ties, the precision, the replay; and transformers' routers beside ours."""
+"""Top-k routing: the definitions and the ties, and transformers' routers beside ours; every router's precision."""
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
+from cases import ROUTER_CASES, token_ids
+from cases import make as make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain import plain_weights
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 from moekit import MoEConfig
 from moekit.errors import UnsupportedError
-from moekit.moe import Choice, MoE, Routing, RoutingRecord, TopKRouter
+from moekit.moe import ROUTERS, MoE, Routing, TopKRouter
 from tolerances import rel
 
 CASES = [
@@ -116,46 +121,108 @@ def test_irregular_routing_has_no_regular_view():
         _ = routing.expert_ids_TK
 
 
-class Noisy(TopKRouter):
-    """Chooses differently each time, as a router with noise or on another kernel would."""
-
-    def _choose(self, gate_TE, mask_T, input_ids_T):
-        return Choice.regular(torch.stack([torch.randperm(gate_TE.shape[1])[: self.config.top_k] for _ in gate_TE]))
+# Precision
 
 
-def test_recomputation_repeats_the_recorded_choice_with_live_weights():
-    layer = make()
-    layer.router.__class__ = Noisy
-    x = torch.randn(9, 10, requires_grad=True)
-    record = RoutingRecord()
-    y, routing = checkpoint(record.wrap(layer), x, use_reentrant=False, preserve_rng_state=False)
-    chosen = routing.expert_ids_TK.clone()
-    seed = torch.randn_like(y)
-    (y * seed).sum().backward()
-    assert torch.equal(record.decisions[0].options.expert_ids_A, chosen.flatten())
-    got = {name: p.grad.clone() for name, p in layer.named_parameters()} | {"x": x.grad.clone()}
-
-    # The same choice without checkpointing: every gradient must agree, the router's included.
-    layer.zero_grad()
-    x.grad = None
-    layer.router._choose = lambda *_: Choice.regular(chosen)
-    (layer(x)[0] * seed).sum().backward()
-    expected = {name: p.grad for name, p in layer.named_parameters()} | {"x": x.grad}
-    for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, msg=lambda m, n=name: f"{n}: {m}")
-    assert (got["router.weight"] != 0).any()
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("router", ROUTER_CASES)
+def test_autocast_changes_no_routing(router, training):
+    layer = make_case(router, dtype=torch.float32).train(training)
+    x, ids = torch.randn(11, 5), token_ids(11)
+    torch.manual_seed(4)
+    plain = layer.router(x, input_ids_T=ids)
+    for dtype in (torch.bfloat16, torch.float16):
+        torch.manual_seed(4)
+        with torch.autocast("cpu", dtype=dtype):
+            routing = layer.router(x, input_ids_T=ids)
+            assert torch.is_autocast_enabled("cpu")
+        for name in ("expert_ids_A", "token_ids_A", "weights_A", "logits_TE"):
+            assert torch.equal(getattr(routing, name), getattr(plain, name))
+        assert routing.weights_A.dtype == routing.logits_TE.dtype == torch.float32
 
 
-def test_replay_binds_nothing_outside_its_block():
-    router, record = make().router, RoutingRecord()
-    x = torch.randn(3, 10)
-    with record.recording():
-        first = router(x).expert_ids_TK
-    with torch.no_grad():
-        router.weight.neg_()
-    with record.replaying():
-        replayed = router(x)
-    assert torch.equal(replayed.expert_ids_TK, first)
-    assert torch.equal(replayed.logits_TE, x @ router.weight.T)  # live scores
-    assert not torch.equal(router(x).expert_ids_TK, first)
-    assert len(record.decisions) == 1
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("router", ROUTER_CASES)
+def test_sixteen_bits_are_widened_before_they_are_multiplied(router, dtype):
+    layer = make_case(router, dtype=torch.float32).to(dtype)
+    x, ids = torch.randn(11, 5).to(dtype), token_ids(11)
+    torch.manual_seed(4)
+    narrow = layer.router(x, input_ids_T=ids)
+    wide = copy.deepcopy(layer).float()
+    torch.manual_seed(4)
+    expected = wide.router(x.float(), input_ids_T=ids)
+    for name in ("expert_ids_A", "token_ids_A", "weights_A", "logits_TE"):
+        assert torch.equal(getattr(narrow, name), getattr(expected, name))
+    y, _ = layer(x, input_ids=ids)
+    assert y.dtype == dtype
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("router", ROUTER_CASES)
+def test_fp64_is_never_narrowed(router, training):
+    layer = make_case(router).train(training)
+    routing = layer.router(torch.randn(11, 5, dtype=torch.float64), input_ids_T=token_ids(11))
+    assert routing.weights_A.dtype == routing.logits_TE.dtype == torch.float64
+    assert routing.load_TE is None or routing.load_TE.dtype == torch.float64
+
+
+STATE = {"sigmoid": "selection_bias", "top_p": "threshold", "gumbel": "steps"}
+
+
+@pytest.mark.parametrize("name", STATE)
+def test_state_keeps_every_bit_through_any_conversion(name):
+    def router(value=None):
+        made = ROUTERS[name](
+            MoEConfig(hidden_size=4, intermediate_size=2, num_experts=4, top_k=2, router=name, **options)
+        )
+        if value is not None:
+            made._buffers[STATE[name]] = value.clone()
+        return made
+
+    options = {"top_p": {"gate_order": "softmax_topk"}}.get(name, {})
+    value = getattr(router(), STATE[name])
+    value = torch.tensor(1_234_567) if name == "gumbel" else torch.full_like(value, 0.123456789)
+    assert value.dtype == (torch.int64 if name == "gumbel" else torch.float32)
+    for convert in (
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.half(),
+        lambda m: m.double(),
+        lambda m: m.bfloat16().float(),
+        lambda m: nn.Sequential(m).to("cpu", torch.bfloat16)[0],
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+    ):
+        kept = getattr(convert(router(value)), STATE[name])
+        assert kept.dtype == value.dtype
+        assert torch.equal(kept, value)
+    for convert in (lambda m: m.to("meta"), lambda m: m.to("meta", torch.bfloat16), lambda m: m.half().to("meta")):
+        away = convert(router(value))
+        kept = getattr(away, STATE[name])
+        assert kept.is_meta
+        assert kept.dtype == value.dtype
+        back = getattr(away.to_empty(device="cpu"), STATE[name])
+        assert (back.dtype, back.shape, back.device.type) == (value.dtype, value.shape, "cpu")
+    state = router(value).bfloat16().state_dict()
+    assert state[STATE[name]].dtype == value.dtype
+    fresh = router().bfloat16()
+    fresh.load_state_dict(state)
+    assert torch.equal(getattr(fresh, STATE[name]), value)
+
+
+def test_state_is_fp32_whatever_the_default_dtype():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        biased = make(router="sigmoid").router
+        adaptive = make(router="top_p", gate_order="softmax_topk").router
+        noisy = make(router="noisy_topk").float().router
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert biased.selection_bias.dtype == adaptive.threshold.dtype == torch.float32
+    assert noisy(torch.randn(3, 10)).logits_TE.dtype == torch.float32
+
+
+def test_noise_is_drawn_on_the_cpu_whatever_the_default_device():
+    router = make(router="gumbel").router
+    with torch.device("meta"):
+        seed = router._seed()
+    assert isinstance(seed, int)
