@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
+import subprocess
+import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -391,6 +395,29 @@ def test_files(tmp_path):
     other.write_text('{"a": 1}')
     with pytest.raises(FormatError, match="no configuration"):
         lint_file(other)
+
+
+def test_torch_stays_out(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MIXTRAL))
+    code = f"import sys; from moekit.cli import main; main(['lint', {str(tmp_path)!r}])"
+    code += "; assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_page_names_every_finding_and_shows_what_is_printed(tmp_path, capsys, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "lint.md").read_text()
+    found = set()
+    for path in (Path(__file__).parents[1] / "src" / "moekit" / "lint").glob("*.py"):
+        found |= set(re.findall(r'(?:Finding\(\s*"(?:error|warning|note)",|name =) "(\w+)"', path.read_text()))
+    assert len(found) > 35
+    assert [name for name in found - {"dense"} if f"`{name}`" not in page] == []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    for name, text in re.findall(r"\$ cat (\S+)\n    (\{.*\})\n", page):
+        Path(name).write_text(text)
+        cli.main(["lint", name])
+        printed = "".join(f"    {line}\n" for line in capsys.readouterr().out.splitlines())
+        assert f"    $ moekit lint {name}\n{printed}" in page
 
 
 def test_the_command(tmp_path, capsys):

@@ -169,7 +169,7 @@ def _balance(model: _Model, experts: int) -> Iterator[Finding]:
         yield Finding("warning", "aux_switched_off", seen, cause, "set output_router_logits true for training")
     elif coef > 0 and top_k:
         cause = (
-            f"transformers' loss is {top_k} at balance, moekit's and Switch's 1, and it pools the layers: two that "
+            f"transformers' loss is K = {top_k} at balance, moekit's 1; and it pools the layers, so that two which "
             "collapse on different experts look balanced together"
         )
         yield Finding("note", "aux_convention", f"{name} {coef:g}", cause, f"{coef * top_k:g} is the same elsewhere")
