@@ -31,6 +31,7 @@ MIXTRAL = {
     "num_hidden_layers": 4,
 }
 DEEPSEEK = {"model_type": "deepseek_v3", "router_aux_loss_coef": None}
+SWITCH = {"model_type": "switch_transformers", "num_experts_per_tok": None, "n_positions": 512}
 LAYER = {"hidden_size": 32, "intermediate_size": 16, "num_experts": 8, "top_k": 2}
 MODEL = {
     "arch": "mixtral",
@@ -102,6 +103,7 @@ def test_sound_configurations_have_no_errors_and_no_warnings():
         ),
         ({"model_type": "jetmoe", "router_aux_loss_coef": None, "aux_loss_coef": 0.0}, "aux_off", "warning"),
         ({"model_type": "jetmoe"}, "counted_twice", "note"),
+        (SWITCH | {"expert_capacity": 63}, "capacity_below_one", "warning"),
         ({"model_type": "nllb-moe"}, "experts_unreached", "error"),
         ({"model_type": "switch_transformers"}, "padding_counted", "note"),
         ({"model_type": "qwen3_next", "num_experts_per_tok": 1}, "k1_renormalised", "error"),
@@ -123,6 +125,9 @@ def test_experts_are_found_under_every_name():
     ]
     deep = {"model_type": "qwen3_omni_moe", "thinker_config": {"model_type": "x", "text_config": text}}
     assert names(deep) == ["k1_renormalised"]
+    for _ in range(2000):  # deeper than any real one, and than Python's stack
+        deep = {"model_type": "x", "inner_config": deep}
+    assert names(deep) == ["dense"]
     nested = {"model_type": "dbrx", "ffn_config": {"moe_num_experts": 4, "moe_top_k": 5, "model_type": ""}}
     assert names(nested) == ["too_many_choices"]
 
@@ -131,7 +136,7 @@ def test_experts_are_found_under_every_name():
     "changes",
     [
         {"num_experts_per_tok": 1, "model_type": "qwen3_moe", "norm_topk_prob": False},
-        {"num_experts_per_tok": None, "model_type": "switch_transformers"},
+        SWITCH | {"expert_capacity": 64},
         DEEPSEEK | {"dtype": "bfloat16"},
         {"model_type": "phimoe", "router_jitter_noise": 0.01},
         {"model_type": "somebody_s", "router_aux_loss_coef": 0.01},
