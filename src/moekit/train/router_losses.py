@@ -59,8 +59,7 @@ class RouterLosses:
         weighted = [weight * values[name] for name, weight in self.weights.items() if weight]
         return torch.stack(weighted).sum() if weighted else torch.zeros(())
 
-    def _balance(self, routings: Sequence[Routing], sequences_BL: Tensor, so_far: Sequence[RoutingTotals]
-    ) -> Tensor:
+    def _balance(self, routings: Sequence[Routing], sequences_BL: Tensor, so_far: Sequence[RoutingTotals]) -> Tensor:
         if self.balance_over == "sequence":
             return losses.sequence_balancing(routings, sequence_ids(sequences_BL))
         if self.balance_over == "step":

@@ -86,6 +86,12 @@ class Checkpoint:
     model: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
 
+    @property
+    def routing(self) -> dict[str, Tensor]:
+        """The monitor's state, as it was given to `save_checkpoint`."""
+        prefix = "routing."
+        return {name.removeprefix(prefix): t for name, t in self.optimizer.items() if name.startswith(prefix)}
+
 
 def save_checkpoint(
     run_dir: Path,
@@ -94,7 +100,7 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
-    routing_counts_ME: Tensor,
+    routing: Mapping[str, Tensor],
 ) -> Path:
     """Write the checkpoint of `step`, then drop all but the newest two. Returns its folder.
 
@@ -105,7 +111,8 @@ def save_checkpoint(
     files = {
         "model.safetensors": dict(model.state_dict()),
         "optimizer.safetensors": _optimizer_tensors(model, optimizer)
-        | {"rng": torch.get_rng_state(), "routing_counts": routing_counts_ME},
+        | {"rng": torch.get_rng_state()}
+        | {f"routing.{name}": tensor for name, tensor in routing.items()},
     }
     with replacing_folder(final, last="state.json") as folder:
         digests = {name: _write(folder / name, tensors) for name, tensors in files.items()}

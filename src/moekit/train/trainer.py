@@ -168,7 +168,7 @@ class Trainer:
         for router, of_step in zip(self.routers, totals, strict=True):
             router.after_step(of_step)
         self.step = step
-        self.monitor.add(monitor.counts_ME)
+        self.monitor.merge(monitor)
         tokens = sum(batch.input_ids_BL.numel() for batch in batches)
         metrics = StepMetrics(
             step=step,
@@ -255,10 +255,8 @@ class Trainer:
     def _save(self) -> None:
         if self._saved == self.step:
             return
-        counts_ME = self.monitor.counts_ME
-        save_checkpoint(
-            self.run_dir, self.step, self.identity, self.decoder, self.optimizer, routing_counts_ME=counts_ME
-        )
+        routing = self.monitor.state()
+        save_checkpoint(self.run_dir, self.step, self.identity, self.decoder, self.optimizer, routing=routing)
         self._saved = self.step
 
     def _resume(self) -> int:
@@ -271,7 +269,7 @@ class Trainer:
                     f"train.steps is {self.config.steps} but {checkpoint.step} are done in {self.run_dir}"
                 )
             restore(checkpoint, self.decoder, self.optimizer)
-            self.monitor.add(checkpoint.optimizer["routing_counts"])
+            self.monitor.merge(RoutingMonitor.of_state(self.monitor.layers, checkpoint.routing))
         else:
             torch.manual_seed(self.config.seed)
         return checkpoint.step if checkpoint else 0
