@@ -1,9 +1,9 @@
-"""The display of a running training: one line of progress, one of losses, speed and experts in use."""
+"""The displays of long work: a running training, and a study of many."""
 
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,10 +15,34 @@ if TYPE_CHECKING:
 __all__ = ["StudyProgress", "TrainingProgress", "parts"]
 
 
-class TrainingProgress:
-    """A bar that disappears when done; a context manager whose `on_step` is the trainer's callback.
+class Bar:
+    """A bar with the time left that disappears when done; a context manager. No terminal, nothing drawn."""
 
-    Where the console is no terminal nothing is drawn.
+    def __init__(self, console: Console, title: str, total: int, unit: str = "") -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed}/{task.total}" + unit),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[shown]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(title, total=total, shown="")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+
+class TrainingProgress(Bar):
+    """One line of progress, losses, speed and experts in use; its `on_step` is the trainer's callback.
 
     Args:
         console: where to draw.
@@ -27,61 +51,23 @@ class TrainingProgress:
     """
 
     def __init__(self, console: Console, total_steps: int, title: str = "training") -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[parts]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task(title, total=total_steps, parts="")
+        super().__init__(console, title, total_steps)
 
     def on_step(self, metrics: StepMetrics) -> None:
         """Show the step that was just made."""
-        self._progress.update(self._task, completed=metrics.step, parts=parts(metrics))
-
-    def __enter__(self) -> TrainingProgress:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
+        self._progress.update(self._task, completed=metrics.step, shown=parts(metrics))
 
 
-class StudyProgress:
-    """A bar over the trainings of a study, with the time left; a context manager whose `on_outcome` is its callback."""
+class StudyProgress(Bar):
+    """The trainings of a study that are done; its `on_outcome` is the study's callback."""
 
     def __init__(self, console: Console, trainings: int) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.completed}/{task.total} trainings"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[last]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task("study", total=trainings, last="")
+        super().__init__(console, "study", trainings, " trainings")
 
     def on_outcome(self, outcome: Outcome) -> None:
         """Show the training that is done."""
-        last = f"{outcome.contender}, seed {outcome.seed}: {outcome.loss:.4f}"
-        self._progress.update(self._task, advance=1, last=last)
-
-    def __enter__(self) -> StudyProgress:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
+        shown = f"{outcome.contender}, seed {outcome.seed}: {outcome.loss:.4f}"
+        self._progress.update(self._task, advance=1, shown=shown)
 
 
 def parts(metrics: StepMetrics) -> str:
