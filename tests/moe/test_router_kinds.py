@@ -89,6 +89,14 @@ def test_a_group_counts_by_its_best_two_or_by_its_best_one(score, chosen):
     assert set(router(fixed(router, [2.0, 2.0, 3.0, -9.0])).expert_ids_A.tolist()) == chosen
 
 
+def test_a_group_counts_by_the_share_of_experts_that_it_gives():
+    # 2 experts from 2 groups, so each by its best one: groups 0 and 2. By its best two, group 1 would be first.
+    options = {"groups": GroupLimit(groups=3, chosen=2)}
+    router = router_of("topk", experts=9, hidden=1, router_options=options)
+    x = fixed(router, [3.0, -9.0, -9.0, 2.0, 2.0, 2.0, 2.5, -9.0, -9.0])
+    assert router(x).expert_ids_A.tolist() == [0, 6]
+
+
 def test_the_selection_bias_moves_by_the_sign_of_the_load_once_a_step_and_only_in_training():
     router = router_of("sigmoid", router_options={"bias_rate": 0.25})
     totals = RoutingTotals(
@@ -294,6 +302,17 @@ def test_the_threshold_finds_the_wanted_number_of_experts(target):
     router.eval().after_step(totals)
     router.train().after_step(RoutingTotals(torch.zeros(8).long(), torch.zeros(8).long(), tokens=0))
     assert torch.equal(router.threshold, before)
+
+
+def test_the_threshold_stays_between_one_hundredth_and_the_rest():
+    # More experts than there is probability for, or fewer than min_k gives: p may not leave (0, 1).
+    for target, end in ((4.0, 0.99), (1.0, 0.01)):
+        options = TopPOptions(target_k=target, rate=1.0)
+        router = router_of("top_p", top_k=4, gate_order="softmax_topk", router_options=options)
+        counts = torch.tensor([10, 10, 0, 0])
+        for _ in range(20):
+            router.after_step(RoutingTotals(counts, counts, tokens=10))  # 2 a token, whatever p
+        assert router.threshold.item() == pytest.approx(end)
 
 
 def test_different_numbers_of_experts_have_no_regular_view():
