@@ -52,6 +52,8 @@ NEAR = {
     "upcycled perplexity": (1e-3, 0.0),
     # A published figure given to one decimal.
     "published": (5e-3, 0.0),
+    # A quantised weight quantised again: the same codes; fp16 scales and minima that were rounded twice (2⁻¹¹).
+    "requantised": (1e-3, 1e-6),
     # The share of 20,000 draws that came true: σ is at most 0.0035, and this is four of them.
     "chance of many": (0.0, 1.5e-2),
     # The standard deviation of 100,000 draws: 1/√(2n) is 0.002, and some room.
