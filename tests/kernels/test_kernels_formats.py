@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moekit.errors import ConfigError, UnknownNameError
-from moekit.kernels import formats
-from moekit.kernels.formats import STRIP, Format, Packed, pack, relative_error, unpack
+from moekit.kernels import rounding
+from moekit.kernels.formats import Format, Packed, pack, relative_error, unpack
 from tolerances import near
 
 NAMES = (
@@ -59,7 +59,7 @@ def test_every_number_comes_back_within_half_a_step(format, rows, cols, parts):
     assert packed.shape == weight.shape
     padded = torch.nn.functional.pad(weight, (0, format.padded_cols(cols) - cols))
     largest = padded.view(2, rows * parts, -1, format.group).abs().amax(-1, keepdim=True)
-    limit = largest * WORST[format.kind + ("" if format.symmetric else "-asym")]
+    limit = largest * WORST[format.kind + format.variant]
     if format.kind == "nf4":  # its scale is rounded too, to 1/255 of the range of its strip's
         limit = limit + largest.max() / 255
     error = (unpack(packed) - weight).abs()
@@ -105,12 +105,12 @@ def test_mxfp4_is_ggml_but_for_ties():
 
 def test_mxfp4_values_are_those_of_the_standard():
     """Sign, two exponent bits with bias 1, one bit of mantissa; 2^e times each, and ties to the even mantissa."""
-    for code, value in enumerate(formats.MXFP4_VALUES):
+    for code, value in enumerate(rounding.MXFP4_VALUES):
         exponent, mantissa = code >> 1 & 3, code & 1
         magnitude = mantissa / 2 if exponent == 0 else (1 + mantissa / 2) * 2 ** (exponent - 1)
         assert value == (-magnitude if code & 8 else magnitude)
-    row = torch.tensor([*formats.MXFP4_VALUES, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -0.75, 7.9, -7.9])
-    want = torch.tensor([*formats.MXFP4_VALUES, 0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, -1.0, 6.0, -6.0])
+    row = torch.tensor([*rounding.MXFP4_VALUES, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -0.75, 7.9, -7.9])
+    want = torch.tensor([*rounding.MXFP4_VALUES, 0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, -1.0, 6.0, -6.0])
     for exponent in (-100, -3, 0, 5, 100):
         packed = pack(row[None] * 2.0**exponent, Format.parse("mxfp4"))
         assert torch.equal(unpack(packed)[0], want * 2.0**exponent)
@@ -123,7 +123,7 @@ def test_nf4_levels_are_the_published_ones():
     positive = normal.icdf(torch.linspace(offset, 0.5, 9)[:-1])
     negative = -normal.icdf(torch.linspace(offset, 0.5, 8)[:-1])
     levels = torch.cat([negative, torch.zeros(1), positive]).sort().values
-    torch.testing.assert_close(torch.tensor(formats.NF4_LEVELS), levels / levels.max(), **near("fp32 twin"))
+    torch.testing.assert_close(torch.tensor(rounding.NF4_LEVELS), levels / levels.max(), **near("fp32 twin"))
 
 
 def test_nf4_scales_are_quantised_by_strip():
@@ -143,23 +143,23 @@ def test_the_bytes_are_where_the_layout_says(name):
     regions = format.regions(130)
     strips = packed.data.view(4, sum(regions))
     for row, col in [(0, 0), (17, 129), (18, 5), (35, 77), (15, 64)]:
-        strip, r = strips[row // 18 * 2 + row % 18 // STRIP], row % 18 % STRIP
+        strip, r = strips[row // 18 * 2 + row % 18 // rounding.STRIP], row % 18 % rounding.STRIP
         codes, *tables = strip.split(regions)
         if format.bits == 8:
             code = codes[col // 4 * 64 + r * 4 + col % 4].item()
         else:
             code = codes[col // 8 * 64 + r * 4 + col % 4].item() >> (4 if col % 8 >= 4 else 0) & 15
-        at = col // format.group * STRIP + r
+        at = col // format.group * rounding.STRIP + r
         if format.kind == "nf4":
             step, offset = tables[1][:8].view(torch.float32)
-            want = (offset + step * tables[0][at]) * formats.NF4_LEVELS[code]
+            want = (offset + step * tables[0][at]) * rounding.NF4_LEVELS[code]
         elif format.kind == "mxfp4":
-            want = torch.tensor(2.0 ** (tables[0][at].item() - 127) * formats.MXFP4_VALUES[code])
+            want = torch.tensor(2.0 ** (tables[0][at].item() - 127) * rounding.MXFP4_VALUES[code])
         else:
             scale, *minimum = (table.view(torch.float16)[at].float() for table in tables)
             want = scale * (code - format.zero_code) + sum(minimum)
         assert values[row, col] == want
-    last = strips[:, : regions[0]].view(4, -1, STRIP, 4)[:, -1, :, 3]  # the last column is padding, and zero
+    last = strips[:, : regions[0]].view(4, -1, rounding.STRIP, 4)[:, -1, :, 3]  # the last column is padding, and zero
     assert (last == (128 if format.bits == 8 else format.zero_code * 17)).all()
 
 

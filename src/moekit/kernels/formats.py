@@ -24,31 +24,11 @@ import torch
 from torch import Tensor
 
 from moekit.errors import ConfigError, UnknownNameError
+from moekit.kernels.rounding import MXFP4_VALUES, NF4_LEVELS, QUANTISE, STRIP, power_of_two, table_of
 
-__all__ = ["MXFP4_VALUES", "NF4_LEVELS", "STRIP", "Format", "Packed", "pack", "relative_error", "unpack"]
+__all__ = ["Format", "Packed", "pack", "relative_error", "unpack"]
 
-STRIP = 16
 GROUPS = {"int8": (128, 64, 32), "int4": (32, 64, 128), "nf4": (64,), "mxfp4": (32,)}  # the default first
-# Quantiles of a normal distribution, scaled to [-1, 1], with an exact zero: bitsandbytes' table.
-NF4_LEVELS = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-MXFP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _CHUNK = 1 << 18  # elements converted at a time: their temporaries stay in cache
 
 
@@ -92,7 +72,11 @@ class Format:
 
     def __str__(self) -> str:
         group = f"-g{self.group}" if len(GROUPS[self.kind]) > 1 else ""
-        return f"{self.kind}{group}{'' if self.symmetric else '-asym'}"
+        return f"{self.kind}{group}{self.variant}"
+
+    @property
+    def variant(self) -> str:
+        return "" if self.symmetric else "-asym"
 
     @property
     def bits(self) -> int:
@@ -181,7 +165,7 @@ def pack(weight: Tensor, format: Format, parts: int = 1) -> Packed:
     for matrix, first, count, strips in _slabs(packed):
         values = _padded(source[matrix, first : first + count].float(), format)
         try:
-            codes, *tables = _QUANTISE[format.kind](values, format)
+            codes, *tables = QUANTISE[format.kind + format.variant](values, format.group)
         except ConfigError as error:
             raise ConfigError(f"matrix {matrix}, rows {first} to {first + count - 1}: {error}") from None
         codes[count:] = format.zero_code
@@ -259,11 +243,6 @@ def _rows_of(codes: Tensor, format: Format) -> Tensor:
     return quads.reshape(codes.shape[0] * STRIP, -1)
 
 
-def _by_strip(values: Tensor) -> Tensor:
-    """Values of each row and group (16 S, G) as bytes in a table's order, (S, bytes)."""
-    return values.view(-1, STRIP, values.shape[1]).transpose(1, 2).flatten(1).contiguous().view(torch.uint8)
-
-
 def _by_row(table: Tensor, dtype: torch.dtype, groups: int) -> Tensor:
     """The inverse of `_by_strip`, in fp32 (16 S, G, 1)."""
     values = table.contiguous().view(dtype)[:, : groups * STRIP].view(-1, groups, STRIP)
@@ -288,115 +267,16 @@ def _values(strips: Tensor, packed: Packed) -> Tensor:
     if format.kind == "nf4":
         pairs = tables[1][:, :8].contiguous().view(torch.float32).repeat_interleave(STRIP, dim=0)
         scales = pairs[:, 1, None, None] + pairs[:, 0, None, None] * _by_row(tables[0], torch.uint8, groups)
-        values = scales * _table(NF4_LEVELS, rows)[rows.int()]
+        values = scales * table_of(NF4_LEVELS, rows)[rows.int()]
     elif format.kind == "mxfp4":
-        scales = _power_of_two(_by_row(tables[0], torch.uint8, groups))
-        values = scales * _table(MXFP4_VALUES, rows)[rows.int()]
+        scales = power_of_two(_by_row(tables[0], torch.uint8, groups))
+        values = scales * table_of(MXFP4_VALUES, rows)[rows.int()]
     else:
         scales = _by_row(tables[0], torch.float16, groups)
         values = scales * (rows.float() - format.zero_code)
         if not format.symmetric:
             values += _by_row(tables[1], torch.float16, groups)
     return values.flatten(1)
-
-
-# ---- rounding: values (16 S, C) → codes (16 S, C) uint8 and tables (S, bytes) ---------------------------------------
-
-
-def _quantise_int8(values: Tensor, format: Format) -> list[Tensor]:
-    """ggml's quantize_row_q8_0: d = max|x| / 127, q = x / d rounded half away from zero."""
-    groups = values.view(values.shape[0], -1, format.group)
-    scale = _finite(groups.abs().amax(-1, keepdim=True)) / 127
-    scaled = groups * _inverse(scale)
-    whole = scaled.trunc()
-    codes = whole + (2 * (scaled - whole)).trunc() + 128
-    return [codes.to(torch.uint8).flatten(1), _by_strip(_half(scale).squeeze(-1))]
-
-
-def _quantise_int4(values: Tensor, format: Format) -> list[Tensor]:
-    """ggml's quantize_row_q4_0: d = (the x of largest magnitude) / −8, so that this one is exact; or its q4_1."""
-    groups = values.view(values.shape[0], -1, format.group)
-    if not format.symmetric:
-        return _quantise_int4_asymmetric(groups)
-    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    scale = _finite(largest) / -8
-    codes = (groups * _inverse(scale) + 8.5).clamp(0, 15).to(torch.uint8)
-    return [codes.flatten(1), _by_strip(_half(scale).squeeze(-1))]
-
-
-def _quantise_int4_asymmetric(groups: Tensor) -> list[Tensor]:
-    """ggml's quantize_row_q4_1: m = min, d = (max − min) / 15."""
-    minimum, maximum = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    scale = _finite(maximum - minimum) / 15
-    codes = ((groups - minimum) * _inverse(scale) + 0.5).clamp(0, 15).to(torch.uint8)
-    return [codes.flatten(1), *(_by_strip(_half(each).squeeze(-1)) for each in (scale, minimum))]
-
-
-def _quantise_nf4(values: Tensor, format: Format) -> list[Tensor]:
-    """The nearest level to x / scale, where the scale is max|x| rounded to one of 256 steps of its strip."""
-    groups = values.view(-1, STRIP, values.shape[1] // format.group, format.group)
-    largest = _finite(groups.abs().amax(-1))
-    lowest, highest = largest.amin((1, 2)), largest.amax((1, 2))
-    step = (highest - lowest) / 255
-    steps, offsets = step.view(-1, 1, 1), lowest.view(-1, 1, 1)
-    code = ((largest - offsets) * torch.where(steps > 0, 1 / steps, 0)).round().clamp(0, 255)
-    code = code.nan_to_num(0.0)  # a step so small that its inverse is infinite
-    scaled = groups / (offsets + steps * code).unsqueeze(-1)
-    levels = _table(NF4_LEVELS, values)
-    codes = torch.bucketize(scaled.nan_to_num(0.0), (levels[1:] + levels[:-1]) / 2, out_int32=True)
-    pair = torch.stack([step, lowest], dim=1).view(torch.uint8)
-    return [codes.to(torch.uint8).view_as(values), _by_strip(code.to(torch.uint8).flatten(0, 1)), pair]
-
-
-def _quantise_mxfp4(values: Tensor, format: Format) -> list[Tensor]:
-    """OCP's conversion: exponent floor(log2 max|x|) − 2, values to the nearest, ties to even, saturating at 6."""
-    groups = values.view(values.shape[0], -1, format.group)
-    largest = _finite(groups.abs().amax(-1, keepdim=True))
-    exponent = (torch.frexp(largest).exponent - 3 + 127).clamp(0, 254) * (largest > 0)
-    scaled = groups / _power_of_two(exponent)
-    positive = _table(MXFP4_VALUES, values)[:8]
-    limits = (positive[1:] + positive[:-1]) / 2
-    limits[1::2] = torch.nextafter(limits[1::2], limits.new_zeros(()))  # a tie here goes up: the even one is above
-    codes = torch.bucketize(scaled.abs(), limits, out_int32=True)
-    codes = codes + 8 * ((scaled < 0) & (codes > 0))
-    return [codes.to(torch.uint8).flatten(1), _by_strip(exponent.to(torch.uint8).squeeze(-1))]
-
-
-_QUANTISE = {
-    "int8": _quantise_int8,
-    "int4": _quantise_int4,
-    "nf4": _quantise_nf4,
-    "mxfp4": _quantise_mxfp4,
-}
-
-
-def _finite(scale: Tensor) -> Tensor:
-    """The groups' maxima, which are NaN or infinite where any element is."""
-    if not scale.isfinite().all():
-        raise ConfigError("the weight has NaN or infinity")
-    return scale
-
-
-def _half(scale: Tensor) -> Tensor:
-    half = scale.half()
-    if half.isinf().any():
-        raise ConfigError(f"scales and minima are fp16, and {scale.abs().max().item():g} is too large for that")
-    return half
-
-
-def _inverse(scale: Tensor) -> Tensor:
-    """1 / scale; 0 where fp16 makes the scale zero, and with it the group."""
-    return torch.where(scale.half() == 0, 0.0, 1 / scale)
-
-
-def _power_of_two(exponent: Tensor) -> Tensor:
-    """2^(e − 127), also where that is a subnormal of fp32."""
-    power: Tensor = torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent - 127)
-    return power.float()
-
-
-def _table(values: tuple[float, ...], like: Tensor) -> Tensor:
-    return torch.tensor(values, device=like.device)
 
 
 def _up(size: int, multiple: int) -> int:
