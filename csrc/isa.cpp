@@ -6,50 +6,59 @@
 namespace moekit {
 namespace {
 
-std::vector<const Tiles*> find_tiles() {
-  std::vector<const Tiles*> found{&tiles_portable};
+std::vector<Isa> find_isas() {
+  std::vector<Isa> found{{"portable", &tiles_portable, &quant_portable}};
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  [[maybe_unused]] const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  [[maybe_unused]] const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 #if defined(MOEKIT_HAS_avx2)
-  if (avx2) found.push_back(&tiles_avx2);
+  if (avx2) found.push_back({"avx2", &tiles_avx2, &quant_avx2});
+#if defined(MOEKIT_HAS_avx2_vnni)
+  if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back({"avx2_vnni", &tiles_avx2, &quant_avx2_vnni});
+#endif
 #endif
 #if defined(MOEKIT_HAS_avx512)
-  if (avx512) found.push_back(&tiles_avx512);
+  if (avx512) found.push_back({"avx512", &tiles_avx512, &quant_avx512});
+#if defined(MOEKIT_HAS_avx512_vnni)
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  if (vnni) found.push_back({"avx512_vnni", &tiles_avx512, &quant_avx512_vnni});
+#if defined(MOEKIT_HAS_avx512_bf16)  // every CPU that has BF16 has VNNI
+  if (vnni && __builtin_cpu_supports("avx512bf16"))
+    found.push_back({"avx512_bf16", &tiles_avx512_bf16, &quant_avx512_vnni});
 #endif
-#if defined(MOEKIT_HAS_avx512_bf16)
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&tiles_avx512_bf16);
+#endif
 #endif
 #endif
   return found;
 }
 
-const std::vector<const Tiles*>& all_tiles() {
-  static const std::vector<const Tiles*> found = find_tiles();
+const std::vector<Isa>& all_isas() {
+  static const std::vector<Isa> found = find_isas();
   return found;
 }
 
-std::atomic<const Tiles*> chosen{nullptr};
+std::atomic<const Isa*> chosen{nullptr};
 
 }  // namespace
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
-  for (const Tiles* each : all_tiles()) names.emplace_back(each->name);
+  for (const Isa& each : all_isas()) names.emplace_back(each.name);
   return names;
 }
 
-const Tiles& tiles() {
-  const Tiles* now = chosen.load(std::memory_order_relaxed);
-  return now ? *now : *all_tiles().back();
+const Isa& isa() {
+  const Isa* now = chosen.load(std::memory_order_relaxed);
+  return now ? *now : all_isas().back();
 }
 
 void use_isa(const std::string& name) {
-  for (const Tiles* each : all_tiles()) {
-    if (name == each->name) {
-      chosen.store(each, std::memory_order_relaxed);
+  for (const Isa& each : all_isas()) {
+    if (name == each.name) {
+      chosen.store(&each, std::memory_order_relaxed);
       return;
     }
   }

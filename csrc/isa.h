@@ -36,8 +36,19 @@ inline constexpr size_t kScratchBytes = 4 * (kGemmRows * kGemmCols + kGemmRows *
 
 extern const Tiles tiles_portable, tiles_avx2, tiles_avx512, tiles_avx512_bf16;
 
+struct QuantTiles;  // matrix.h
+extern const QuantTiles quant_portable, quant_avx2, quant_avx2_vnni, quant_avx512, quant_avx512_vnni;
+
+// Both tables that an instruction set uses: some differ from another in one of them only.
+struct Isa {
+  const char* name;
+  const Tiles* tiles;
+  const QuantTiles* quant;
+};
+
 std::vector<std::string> available_isas();  // slowest first
-const Tiles& tiles();                       // the table in use: the fastest unless told otherwise
+const Isa& isa();                           // the one in use: the fastest unless told otherwise
+inline const Tiles& tiles() { return *isa().tiles; }
 void use_isa(const std::string& name);      // throws std::invalid_argument for one that is not available
 
 }  // namespace moekit

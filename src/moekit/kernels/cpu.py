@@ -22,6 +22,7 @@ from moekit.kernels.reference import ACTIVATIONS
 
 __all__ = [
     "available_isas",
+    "call",
     "forced_isa",
     "grouped_mm",
     "grouped_mm_transposed",
@@ -143,8 +144,13 @@ def _run(op: str, left: Tensor, right: Tensor, counts_E: Tensor, out: Tensor, si
 
 
 def _call(op: str, tensors: list[Tensor], sizes: tuple[int, ...]) -> None:
-    dtype = DTYPES[tensors[0].dtype]
+    call(op, tensors, (*sizes, DTYPES[tensors[0].dtype]))
+
+
+def call(op: str, tensors: list[Tensor], sizes: tuple[int, ...]) -> None:
+    """One native op on the addresses of contiguous tensors, then numbers, then the threads; its complaints are
+    ConfigErrors."""
     try:
-        getattr(_native(), op)(*[each.data_ptr() for each in tensors], *sizes, dtype, num_threads())
+        getattr(_native(), op)(*[each.data_ptr() for each in tensors], *sizes, num_threads())
     except ValueError as error:
         raise ConfigError(f"{op}: {error}") from None

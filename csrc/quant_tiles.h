@@ -1,0 +1,309 @@
+// The kernels of matrix.h, written once over quant_vec.h; quant_<isa>.cpp compiles them for one instruction set.
+#pragma once
+#include "matrix.h"
+#include "ops.h"
+#include "quant_vec.h"
+
+namespace moekit {
+namespace {
+
+using Bytes = const unsigned char*;
+
+// ---- formats: how 64 bytes of codes become unsigned bytes around kZero, and what a step is worth ----------------
+
+// NF4's levels · 127, rounded: at most 1/254 of the group's largest weight away. Around 128, as int8's.
+constexpr std::uint8_t kNF4Codes[16] = {1,   40,  61,  78,  92,  105, 116, 128,
+                                        138, 148, 159, 171, 184, 199, 220, 255};
+constexpr std::uint8_t kMXFP4Codes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+
+template <int Kind>
+struct Codes;
+
+struct HalfScales {
+  static constexpr int kScaleBytes = 2;
+  static constexpr bool kMinima = false;
+  static VecF scale(Bytes strip, const TileArgs& a, i64 group, int part) {
+    return from_half(strip + a.scales + group * 32 + part * kLanes * 2);
+  }
+};
+template <>
+struct Codes<0> : HalfScales {  // int8
+  static constexpr int kZero = 128, kBits = 8;
+  static VecB decode(VecB codes) { return codes; }
+};
+template <>
+struct Codes<1> : HalfScales {  // int4
+  static constexpr int kZero = 8, kBits = 4;
+  static VecB decode(VecB codes) { return codes; }
+};
+template <>
+struct Codes<2> {  // nf4
+  static constexpr int kZero = 128, kBits = 4, kScaleBytes = 1;
+  static constexpr bool kMinima = false;
+  static VecB decode(VecB codes) { return look_up(kNF4Codes, codes); }
+  static VecF scale(Bytes strip, const TileArgs& a, i64 group, int part) {
+    float pair[2];
+    __builtin_memcpy(pair, strip + a.extra, 8);
+    const VecU codes = from_bytes(strip + a.scales + group * 16 + part * kLanes);
+    return (splat(pair[1]) + pair[0] * __builtin_convertvector((VecI)codes, VecF)) * (1.0f / 127.0f);
+  }
+};
+template <>
+struct Codes<3> {  // mxfp4: the values are doubled to be whole, so a step is 2^(e - 128), subnormal for e < 2
+  static constexpr int kZero = 12, kBits = 4, kScaleBytes = 1;
+  static constexpr bool kMinima = false;
+  static VecB decode(VecB codes) { return look_up(kMXFP4Codes, codes); }
+  static VecF scale(Bytes strip, const TileArgs& a, i64 group, int part) {
+    const VecU e = from_bytes(strip + a.scales + group * 16 + part * kLanes);
+    return (VecF)(e < 2u ? (VecU)(VecU{} + 0x200000u) << e : (e - 1u) << 23);
+  }
+};
+template <>
+struct Codes<4> : HalfScales {  // int4 asymmetric
+  static constexpr int kZero = 0, kBits = 4;
+  static constexpr bool kMinima = true;
+  static VecB decode(VecB codes) { return codes; }
+};
+
+// ---- strips × tokens ----------------------------------------------------------------------------------------
+
+constexpr size_t kAhead = 1024;  // bytes between what is multiplied and what is prefetched
+
+// Asks for `bytes` of a region of the strip, `ahead` beyond `at`, or past its end for the same of the next strip.
+inline void prefetch(Bytes region, Bytes next, size_t at, size_t bytes, size_t end, size_t ahead) {
+  for (size_t line = at + ahead; line < at + ahead + bytes; line += 64)
+    __builtin_prefetch(line < end ? region + line : next + (line - end));
+}
+
+template <class C>
+inline void prefetch_block(const TileArgs& a, int s, i64 block, i64 group) {
+  constexpr size_t kBytes = kBlock * kStrip * C::kBits / 8;
+  prefetch(a.strips[s], a.next[s], block * kBytes, kBytes, a.scales, kAhead);
+  constexpr size_t kTable = C::kScaleBytes * kStrip;  // of a group
+  const size_t end = a.blocks / a.group_blocks * kTable;
+  prefetch(a.strips[s] + a.scales, a.next[s] + a.scales, group * kTable, kTable, end, 4 * kTable);
+  if constexpr (C::kMinima)
+    prefetch(a.strips[s] + a.extra, a.next[s] + a.extra, group * kTable, kTable, end, 4 * kTable);
+}
+
+// sums (T tokens × S strips × 16 rows) of one block of 32 columns.
+template <class C, int S, int N>
+inline void multiply_block(Bytes const* codes, const unsigned char* q, int tokens, VecI (&acc)[N][S][kParts]) {
+  const auto quad = [&](int at, VecB (&w)[S][kParts]) {
+    for (int t = 0; t < N; ++t) {
+      std::int32_t word;
+      __builtin_memcpy(&word, q + (at * tokens + t) * 4, 4);
+      for (int s = 0; s < S; ++s)
+        for (int p = 0; p < kParts; ++p)
+          acc[t][s][p] = C::kZero == 128 ? dot_around_128(acc[t][s][p], w[s][p], word)
+                                         : dot_codes(acc[t][s][p], w[s][p], word);
+    }
+  };
+  VecB raw[S][kParts], w[S][kParts];
+  for (int at = 0; at < 8; at += 8 / C::kBits) {
+    const int offset = at * 8 * C::kBits;
+    for (int s = 0; s < S; ++s)
+      for (int p = 0; p < kParts; ++p) raw[s][p] = load_as<VecB>(codes[s] + offset + p * kLanes * 4);
+    if constexpr (C::kBits == 8) {
+      quad(at, raw);
+    } else {
+      for (int s = 0; s < S; ++s)
+        for (int p = 0; p < kParts; ++p) w[s][p] = C::decode(low_nibbles(raw[s][p]));
+      quad(at, w);
+      for (int s = 0; s < S; ++s)
+        for (int p = 0; p < kParts; ++p) w[s][p] = C::decode(high_nibbles(raw[s][p]));
+      quad(at + 1, w);
+    }
+  }
+}
+
+// Tokens from `first` on of the T of a record. For every row and token, in fp32 and in the order of the columns:
+//   sum ← sum + float(Σ q · (code - zero)) · (weight's scale · activation's scale)   and for minima   + m · (scale · Σ q)
+template <class C, int S, int T, int N>
+inline void tile_of(const TileArgs& a, int first) {
+  constexpr size_t kBytes = kBlock * kStrip * C::kBits / 8;
+  constexpr bool kStreams = T <= 2;  // weights come from memory, and nothing hides it
+  Bytes codes[S];
+  for (int s = 0; s < S; ++s) codes[s] = a.strips[s];
+  VecF sums[N][S][kParts] = {};
+  const unsigned char* record = static_cast<const unsigned char*>(a.records);
+  for (i64 block = 0; block < a.blocks; ++block, record += kRecord * T) {
+    const i64 group = block / a.group_blocks;
+    if constexpr (kStreams)
+      for (int s = 0; s < S; ++s) prefetch_block<C>(a, s, block, group);
+    const unsigned char* scales = record + 32 * T + 4 * first;
+    VecI acc[N][S][kParts];
+    for (int t = 0; t < N; ++t) {
+      const std::int32_t sum = load_as<std::int32_t>(scales + 4 * T + 4 * t);
+      constexpr int kZero = kSignTrick && C::kZero == 128 ? 0 : C::kZero;
+      for (int s = 0; s < S; ++s)
+        for (int p = 0; p < kParts; ++p) acc[t][s][p] = VecI{} - kZero * sum;
+    }
+    multiply_block<C, S, N>(codes, record + 4 * first, T, acc);
+    for (int s = 0; s < S; ++s) {
+      codes[s] += kBytes;
+      for (int p = 0; p < kParts; ++p) {
+        const VecF scale = C::scale(a.strips[s], a, group, p);
+        for (int t = 0; t < N; ++t) {
+          const float own = load_as<float>(scales + 4 * t);
+          sums[t][s][p] += to_floats(acc[t][s][p]) * (scale * own);
+          if constexpr (C::kMinima) {
+            const float total = own * static_cast<float>(load_as<std::int32_t>(scales + 4 * T + 4 * t));
+            sums[t][s][p] += from_half(a.strips[s] + a.extra + group * 32 + p * kLanes * 2) * total;
+          }
+        }
+      }
+    }
+  }
+  for (int t = 0; t < N; ++t)
+    for (int s = 0; s < S; ++s)
+      for (int p = 0; p < kParts; ++p)
+        __builtin_memcpy(a.out + (first + t) * a.ld + s * kStrip + p * kLanes, &sums[t][s][p], sizeof(VecF));
+}
+
+template <class C, int S, int T>
+void quant_tile(const TileArgs& a) {
+  constexpr int N = T < kTileTokens ? T : kTileTokens;
+  static_assert(T % N == 0);
+  for (int first = 0; first < T; first += N) tile_of<C, S, T, N>(a, first);
+}
+
+template <class C, int T, int S>
+constexpr QuantTile tile_if_fits() {
+  if constexpr (S == 1 || (S == 2 && kTileStrips >= 2) || (S == 4 && kTileStrips >= 4 && T <= 2))
+    return quant_tile<C, S, T>;
+  else
+    return nullptr;
+}
+
+// ---- activations --------------------------------------------------------------------------------------------------
+
+inline void quantise_block(const float* x, i64 n, void* record, int tokens, int t) {
+  float padded[kBlock] = {};
+  if (n < kBlock) {
+    __builtin_memcpy(padded, x, n * 4);
+    x = padded;
+  }
+  VecU most = {};
+  for (int i = 0; i < kBlock; i += kLanes) {
+    const VecU magnitude = load_as<VecU>(x + i) & 0x7fffffffu;  // ordered as the numbers are, NaN above infinity
+    most = magnitude > most ? magnitude : most;
+  }
+  std::uint32_t top = 0;
+  for (int i = 0; i < kLanes; ++i) top = most[i] > top ? most[i] : top;
+  float largest;
+  __builtin_memcpy(&largest, &top, 4);
+  const bool finite = top < 0x7f800000u;
+  const bool zero = largest < 0x1p-120f;  // its inverse may be infinite
+  const float inverse = finite && !zero ? 127.0f / largest : 0.0f;
+  const float scale = zero ? 0.0f : largest / 127.0f;
+  unsigned char* out = static_cast<unsigned char*>(record);
+  std::int32_t sum = 0;
+  for (int i = 0; i < kBlock; i += kLanes) {
+    typedef std::int8_t Narrow __attribute__((vector_size(kLanes)));
+    VecI q = {};
+    if (finite) q = (VecI)(rounded(load_as<VecF>(x + i) * inverse) + 12582912.0f) - 0x4b400000;  // ties to even
+    const Narrow narrow = __builtin_convertvector(q, Narrow);
+    for (int j = 0; j < kLanes; j += 4) {
+      std::int32_t word;
+      __builtin_memcpy(&word, reinterpret_cast<const char*>(&narrow) + j, 4);
+      __builtin_memcpy(out + ((i + j) / 4 * tokens + t) * 4, &word, 4);
+    }
+    for (int j = 0; j < kLanes; ++j) sum += q[j];
+  }
+  __builtin_memcpy(out + 32 * tokens + 4 * t, &scale, 4);
+  __builtin_memcpy(out + 36 * tokens + 4 * t, &sum, 4);
+}
+
+inline VecF tanh_of(VecF x) { return 1.0f - 2.0f / (exp_of(2.0f * x) + 1.0f); }
+
+inline VecF activated(VecF x, int activation) {
+  switch (activation) {
+    case kSilu:
+      return x / (1.0f + exp_of(-x));
+    case kGelu: {
+      VecF y;
+      for (int i = 0; i < kLanes; ++i) y[i] = 0.5f * x[i] * (1.0f + __builtin_erff(x[i] * 0.70710678f));
+      return y;
+    }
+    case kGeluTanh:
+      return 0.5f * x * (1.0f + tanh_of(0.79788456f * (x + 0.044715f * x * x * x)));
+    default:
+      return x < 0.0f ? VecF{} : x;  // a NaN passes
+  }
+}
+
+void glu(float* gate, const float* up, i64 n, int activation) {
+  for (i64 i = 0; i < n; i += kLanes) {
+    const i64 left = n - i < kLanes ? n - i : kLanes;
+    VecF value = activated(load_some<VecF>(gate + i, left, 4), activation);
+    if (up) value *= load_some<VecF>(up + i, left, 4);
+    store_some(gate + i, value, left);
+  }
+}
+
+void add_scaled(float* y, const float* x, float scale, i64 n) {
+  for (i64 i = 0; i < n; i += kLanes) {
+    const i64 left = n - i < kLanes ? n - i : kLanes;
+    store_some(y + i, load_some<VecF>(y + i, left, 4) + scale * load_some<VecF>(x + i, left, 4), left);
+  }
+}
+
+// ---- plain matrices -----------------------------------------------------------------------------------------------
+
+inline VecF floats_at(const float* p) { return load_as<VecF>(p); }
+inline VecF floats_at(const BF16* p) { return to_f32(load_as<VecH>(p)); }
+inline VecF floats_at(const float* p, i64 n) { return load_some<VecF>(p, n, 4); }
+inline VecF floats_at(const BF16* p, i64 n) { return to_f32(load_some<VecH>(p, n, 2)); }
+
+// R rows at once are R streams from memory.
+template <class E, int R>
+void plain_rows(const float* x, const E* weight, i64 cols, float* out) {
+  VecF sums[R] = {};
+  i64 at = 0;
+  for (; at + kLanes <= cols; at += kLanes) {
+    const VecF left = load_as<VecF>(x + at);
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(weight + r * cols + at + kAhead / sizeof(E));
+      sums[r] += left * floats_at(weight + r * cols + at);
+    }
+  }
+  const VecF left = load_some<VecF>(x + at, cols - at, 4);
+  for (int r = 0; r < R; ++r) out[r] = sum_lanes(sums[r] + left * floats_at(weight + r * cols + at, cols - at));
+}
+
+template <class E>
+void plain(const float* const* x, i64 tokens, const void* weight, i64 cols, i64 rows, float* out, i64 ld) {
+  constexpr int R = 4;
+  const E* w = static_cast<const E*>(weight);
+  for (i64 r = 0; r < rows; r += R)
+    for (i64 t = 0; t < tokens; ++t) {
+      if (r + R <= rows)
+        plain_rows<E, R>(x[t], w + r * cols, cols, out + t * ld + r);
+      else
+        for (i64 i = r; i < rows; ++i) plain_rows<E, 1>(x[t], w + i * cols, cols, out + t * ld + i);
+    }
+}
+
+}  // namespace
+}  // namespace moekit
+
+#define MOEKIT_QUANT_SIZE(FORMAT, T)                                                       \
+  {                                                                                        \
+    moekit::tile_if_fits<moekit::Codes<FORMAT>, T, 1>(),                                   \
+        moekit::tile_if_fits<moekit::Codes<FORMAT>, T, 2>(), moekit::tile_if_fits<moekit::Codes<FORMAT>, T, 4>() \
+  }
+#define MOEKIT_QUANT_FORMAT(FORMAT)                                                                                 \
+  {                                                                                                                 \
+    MOEKIT_QUANT_SIZE(FORMAT, 1), MOEKIT_QUANT_SIZE(FORMAT, 2), MOEKIT_QUANT_SIZE(FORMAT, 4),                       \
+        MOEKIT_QUANT_SIZE(FORMAT, 8), MOEKIT_QUANT_SIZE(FORMAT, 12)                                                 \
+  }
+#define MOEKIT_QUANT_TILES(NAME)                                                                                    \
+  const moekit::QuantTiles moekit::quant_##NAME = {                                                                 \
+      {MOEKIT_QUANT_FORMAT(0), MOEKIT_QUANT_FORMAT(1), MOEKIT_QUANT_FORMAT(2), MOEKIT_QUANT_FORMAT(3),              \
+       MOEKIT_QUANT_FORMAT(4)},                                                                                     \
+      moekit::quantise_block,                                                                                       \
+      {moekit::plain<float>, moekit::plain<moekit::BF16>},                                                          \
+      moekit::glu,                                                                                                  \
+      moekit::add_scaled,                                                                                           \
+  };

@@ -1,0 +1,131 @@
+// Integer products of 16 rows on the instruction set this file is compiled for: kParts vectors of kLanes rows.
+#pragma once
+#include "vec.h"
+
+namespace moekit {
+namespace {
+
+constexpr int kParts = 16 / kLanes;
+typedef std::int32_t VecI __attribute__((vector_size(kLanes * 4)));
+typedef std::uint8_t VecB __attribute__((vector_size(kLanes * 4)));  // four codes of each row
+
+// Strips × tokens whose sums fit the registers at once.
+#if defined(__AVX512F__)
+constexpr int kTileStrips = 4, kTileTokens = 12;
+#else
+constexpr int kTileStrips = 1, kTileTokens = 4;
+#endif
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || !defined(__AVX2__)
+constexpr bool kSignTrick = false;
+#else
+// Without VNNI the products of unsigned and signed bytes are summed in 16 bits, where 255 · 127 · 2 does not fit, but
+// 127 · 127 · 2 does: codes around 128 go as magnitudes, with their signs given to the activations.
+constexpr bool kSignTrick = true;
+#endif
+
+// sums + Σ_j codes[4r + j] · a_j, where the word `a` holds four int8.
+inline VecI dot_codes(VecI sums, VecB codes, std::int32_t a) {
+#if defined(__AVX512VNNI__)
+  return (VecI)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)codes, _mm512_set1_epi32(a));
+#elif defined(__AVXVNNI__)
+  return (VecI)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)codes, _mm256_set1_epi32(a));
+#elif defined(__AVX512F__)
+  const __m512i pairs = _mm512_maddubs_epi16((__m512i)codes, _mm512_set1_epi32(a));
+  return sums + (VecI)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#elif defined(__AVX2__)
+  const __m256i pairs = _mm256_maddubs_epi16((__m256i)codes, _mm256_set1_epi32(a));
+  return sums + (VecI)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+  const VecI words = (VecI)codes;
+  for (int j = 0; j < 4; ++j) sums += ((words >> (8 * j)) & 255) * static_cast<std::int8_t>(a >> (8 * j));
+  return sums;
+#endif
+}
+
+// The same where a code c stands for c - 128, already subtracted if kSignTrick.
+inline VecI dot_around_128(VecI sums, VecB codes, std::int32_t a) {
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || !defined(__AVX2__)
+  return dot_codes(sums, codes, a);
+#elif defined(__AVX512F__)
+  const __m512i w = (__m512i)(codes ^ 128), all = _mm512_set1_epi32(a);
+  const __m512i turned = _mm512_mask_sub_epi8(all, _mm512_movepi8_mask(w), _mm512_setzero_si512(), all);
+  const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), turned);
+  return sums + (VecI)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#else
+  const __m256i w = (__m256i)(codes ^ 128);
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(_mm256_set1_epi32(a), w));
+  return sums + (VecI)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#endif
+}
+
+// table[code] of every byte; codes are below 16.
+inline VecB look_up(const std::uint8_t (&table)[16], VecB codes) {
+#if defined(__AVX512F__)
+  return (VecB)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), (__m512i)codes);
+#elif defined(__AVX2__)
+  return (VecB)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table)),
+                                   (__m256i)codes);
+#else
+  VecB found;
+  for (int i = 0; i < kLanes * 4; ++i) found[i] = table[codes[i]];
+  return found;
+#endif
+}
+
+inline VecB low_nibbles(VecB bytes) { return bytes & 15; }
+inline VecB high_nibbles(VecB bytes) {
+  typedef std::uint16_t Wide __attribute__((vector_size(kLanes * 4)));
+  return (VecB)((Wide)bytes >> 4) & 15;
+}
+
+inline VecF from_half(const void* p) {
+  const VecH half = load_as<VecH>(p);
+#if defined(__AVX512F__)
+  return (VecF)_mm512_cvtph_ps((__m256i)half);
+#elif defined(__AVX2__)
+  return (VecF)_mm256_cvtph_ps((__m128i)half);
+#else  // exponents are moved to fp32's place and put right by a product, subnormal ones too; there is no infinity
+  const VecU bits = widen(half);
+  const VecF magnitude = (VecF)((bits & 0x7fffu) << 13) * 0x1p112f;
+  return (VecF)((VecU)magnitude | ((bits & 0x8000u) << 16));
+#endif
+}
+
+inline VecU from_bytes(const void* p) {
+  typedef std::uint8_t Bytes __attribute__((vector_size(kLanes)));
+  return __builtin_convertvector(load_as<Bytes>(p), VecU);
+}
+
+inline VecF to_floats(VecI v) { return __builtin_convertvector(v, VecF); }
+inline VecF splat(float x) { return VecF{} + x; }
+
+// Keeps a product from being fused with the sum that follows: every instruction set then rounds it alike.
+inline VecF rounded(VecF product) {
+#if defined(__x86_64__)
+  asm("" : "+x"(product));
+#elif defined(__aarch64__)
+  asm("" : "+w"(product));
+#endif
+  return product;
+}
+
+// |x| rounded to a whole number, ties to even; below 2^22.
+inline VecF round_even(VecF x) { return (x + 12582912.0f) - 12582912.0f; }
+
+// e^x to about 2 ulp (Cephes' expf): 2^n · P(x - n ln 2). Beyond ±87 it stays at the bound; a NaN stays a NaN.
+inline VecF exp_of(VecF x) {
+  x = x > 87.0f ? splat(87.0f) : x;
+  x = x < -87.0f ? splat(-87.0f) : x;
+  const VecF n = round_even(x * 1.44269504f);
+  const VecF r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  VecF p = splat(1.9875691500e-4f);
+  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = p * r + c;
+  const VecF mantissa = p * r * r + r + 1.0f;
+  const VecI exponent = (VecI)(n + 12582912.0f) - 0x4b400000;
+  return x != x ? x : (VecF)((VecI)mantissa + (exponent << 23));
+}
+
+}  // namespace
+}  // namespace moekit
