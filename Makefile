@@ -29,7 +29,12 @@ quickstart: install
 test: install
 	$(BIN)/python -m pytest
 
-test-all: install
+# llama.cpp, which some tests compare with; compiled once, for minutes.
+$(VENV)/.peers: $(STAMP)
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev,peers]'
+	touch $@
+
+test-all: install $(VENV)/.peers
 	$(BIN)/python -m pytest -m ''
 
 lint: install

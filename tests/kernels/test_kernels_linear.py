@@ -14,12 +14,8 @@ from tolerances import assert_close
 @pytest.fixture
 def native_calls(monkeypatch):
     calls = []
-
-    def spy(name, original):
-        monkeypatch.setattr(cpu, name, lambda *args: calls.append(name) or original(*args))
-
-    spy("grouped_mm", cpu.grouped_mm)
-    spy("linear_row", cpu.linear_row)
+    original = cpu.grouped_mm
+    monkeypatch.setattr(cpu, "grouped_mm", lambda *args: calls.append(args) or original(*args))
     return calls
 
 
@@ -40,9 +36,7 @@ def test_few_rows_without_gradient_run_natively(native_calls):
     x, weight = torch.randn(2, 8).bfloat16(), torch.randn(4, 8).bfloat16()
     with torch.no_grad():
         kernels.linear(x, weight)
-        kernels.linear(x[:1], weight)
-        kernels.linear(x[0].float(), weight.float())
-    assert native_calls == ["grouped_mm", "linear_row", "linear_row"]
+    assert len(native_calls) == 1
 
 
 def test_everything_else_is_torchs(native_calls, monkeypatch):

@@ -120,7 +120,8 @@ def test_logits_equal_those_of_transformers(tmp_path, tied):
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
-        (lambda w: w.add_expert_count(8), "GGUF file of 8 experts"),
+        (lambda w: w.add_expert_shared_feed_forward_length(8), "shared experts of width 8"),
+        (lambda w: w.add_expert_weights_scale(2.5), "expert_weights_scale 2.5"),
         (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "rope.scaling.type 'yarn'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The displays of long work: a running training, and a study of many."""
+"""The displays of long work: a running training, a study of many, and anything that knows its share done."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from moekit.train.metrics import StepMetrics
     from moekit.train.study import Outcome
 
-__all__ = ["StudyProgress", "TrainingProgress", "parts"]
+__all__ = ["ShareProgress", "StudyProgress", "TrainingProgress", "parts"]
 
 
 class Bar:
@@ -68,6 +68,17 @@ class StudyProgress(Bar):
         """Show the training that is done."""
         shown = f"{outcome.contender}, seed {outcome.seed}: {outcome.loss:.4f}"
         self._progress.update(self._task, advance=1, shown=shown)
+
+
+class ShareProgress(Bar):
+    """The share of something that is done, in percent; its `on_part` is the callback."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        super().__init__(console, title, 100, " %")
+
+    def on_part(self, done: int, total: int) -> None:
+        """`done` of `total`, whatever is counted."""
+        self._progress.update(self._task, completed=100 * done // total)
 
 
 def parts(metrics: StepMetrics) -> str:

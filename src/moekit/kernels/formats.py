@@ -26,7 +26,7 @@ from torch import Tensor
 from moekit.errors import ConfigError, UnknownNameError
 from moekit.kernels.rounding import MXFP4_VALUES, NF4_LEVELS, QUANTISE, STRIP, power_of_two, table_of
 
-__all__ = ["Format", "Packed", "pack", "relative_error", "unpack"]
+__all__ = ["Format", "Packed", "integers", "pack", "relative_error", "unpack"]
 
 GROUPS = {"int8": (128, 64, 32), "int4": (32, 64, 128), "nf4": (64,), "mxfp4": (32,)}  # the default first
 _CHUNK = 1 << 18  # elements converted at a time: their temporaries stay in cache
@@ -181,6 +181,32 @@ def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     for matrix, first, count, strips in _slabs(packed):
         target[matrix, first : first + count] = _values(strips, packed)[:count, : packed.cols]
     return weight
+
+
+def integers(packed: Packed) -> tuple[Tensor, Tensor]:
+    """int8 or symmetric int4 in the open: codes int8 (..., O, I) and scales fp16 (..., O, G), w = scale · code.
+
+    Raises:
+        ConfigError: the format has tables or minima beside its scales.
+
+    >>> codes, scales = integers(pack(torch.tensor([[0.0, 1.0, -8.0]]), Format.parse("int4")))
+    >>> codes.tolist(), scales.tolist()
+    ([[0, 1, -8]], [[1.0]])
+    """
+    format = packed.format
+    if format.kind not in ("int8", "int4") or not format.symmetric:
+        raise ConfigError(f"{format} is not a scale times whole numbers; int8 and symmetric int4 are")
+    groups = format.padded_cols(packed.cols) // format.group
+    codes = torch.empty(packed.shape, dtype=torch.int8, device=packed.data.device)
+    scales = torch.empty(*packed.shape[:-1], groups, dtype=torch.float16, device=packed.data.device)
+    for matrix, first, count, strips in _slabs(packed):
+        region, table = strips.split(format.regions(packed.cols), dim=1)
+        rows = _rows_of(region, format)[:count, : packed.cols]
+        _matrices(codes)[matrix, first : first + count] = (rows ^ 128 if format.bits == 8 else rows - 8).view(
+            torch.int8
+        )
+        _matrices(scales)[matrix, first : first + count] = _by_row(table, torch.float16, groups)[:count, :, 0]
+    return codes, scales
 
 
 def relative_error(weight: Tensor, packed: Packed) -> float:

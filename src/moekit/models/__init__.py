@@ -17,13 +17,16 @@ _HOME = {
     "GGUFFile": "gguf_file",
     "KVCache": "cache",
     "SafetensorsFile": "safetensors_file",
+    "StoredDecoder": "weights",
     "TextStream": "tokenizer",
     "Tokenizer": "tokenizer",
     "load_decoder": "weights",
     "load_tokenizer": "tokenizer",
     "read_config": "archs",
     "save_decoder": "weights",
+    "tokenizer_metadata": "gguf_tokenizer",
     "write_config": "archs",
+    "write_gguf": "gguf_write",
     "write_safetensors": "safetensors_file",
 }
 

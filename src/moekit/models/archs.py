@@ -1,13 +1,11 @@
 """`ARCHS`: each family of models is one row of data, used to read it and to write it.
 
-A row says how its `config.json` maps to a `ModelConfig`, and what our parameters are called on disk, in
-Hugging Face's layout and (where it has one) in GGUF. It knows names and numbers, no tensors: torch is never
-imported here.
+A row says how its `config.json` maps to a `ModelConfig`, and what our parameters are called on disk in Hugging Face's
+layout (`gguf_archs` has the same for GGUF). It knows names and numbers, no tensors: torch is never imported here.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,12 +15,13 @@ from typing import Any
 from moekit.config import ModelConfig, MoEConfig
 from moekit.errors import ConfigError, FileError, FormatError, UnsupportedError
 from moekit.files import read_json, write_atomic
+from moekit.models.gguf_archs import gguf_config
 from moekit.models.gguf_file import GGUFFile
-from moekit.models.keys import Keys, refuse_unsupported, unsupported
-from moekit.models.layout import HF_ATTENTION, HF_DENSE, HF_FUSED, HF_OUTER, LLAMA_GGUF, Layout
+from moekit.models.keys import Keys, refuse_inexpressible, refuse_unsupported
+from moekit.models.layout import HF_ATTENTION, HF_DENSE, HF_FUSED, HF_OUTER, Layout
 from moekit.registry import Registry
 
-__all__ = ["ARCHS", "Arch", "config_to_hf", "gguf_config", "read_config", "write_config"]
+__all__ = ["ARCHS", "Arch", "config_to_hf", "read_config", "write_config"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,6 @@ class Arch:
         read: config.json's keys to the fields of `ModelConfig` that are the family's own.
         write: those fields back to config.json's keys.
         hf: names in safetensors files.
-        gguf: names in GGUF files, or None.
     """
 
     model_type: str
@@ -45,7 +43,6 @@ class Arch:
     read: Callable[[Keys], dict[str, Any]]
     write: Callable[[ModelConfig], dict[str, Any]]
     hf: Layout
-    gguf: Layout | None = None
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
@@ -96,7 +93,7 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "pad_token_id": config.pad_token_id,
         **arch.write(config),
     }
-    _check_expressible(config, _hf_config(values, "config.json"))
+    refuse_inexpressible(config, _hf_config(values, "config.json"))
     return values
 
 
@@ -149,25 +146,6 @@ def _rope(keys: Keys) -> Keys:
     nested = keys.optional("rope_parameters") or {}
     theta = keys.optional("rope_theta")
     return Keys(nested, f"{keys.source}: rope_parameters", {"rope_theta": theta})
-
-
-def _check_expressible(config: ModelConfig, read_back: ModelConfig) -> None:
-    wanted, kept = _fields(config), _fields(read_back)
-    if len(config.moe_layers) == config.num_hidden_layers:
-        del wanted["intermediate_size"]  # no dense MLP is left that would have it
-    lost = [name for name in wanted if wanted[name] != kept[name]]
-    if lost:
-        values = ", ".join(f"{name}={wanted[name]!r}" for name in lost)
-        raise UnsupportedError(f"a {config.arch} model on disk cannot express {values}")
-
-
-def _fields(config: ModelConfig) -> dict[str, Any]:
-    """Every field that changes what the model computes, the MoE's as moe.<name>."""
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "moe"}
-    for f in dataclasses.fields(MoEConfig):
-        if f.name != "router_init_scale":
-            values[f"moe.{f.name}"] = getattr(config.moe, f.name, None)
-    return values
 
 
 def _read_llama(keys: Keys) -> dict[str, Any]:
@@ -253,56 +231,6 @@ def _moe(config: ModelConfig) -> MoEConfig:
     return config.moe
 
 
-def gguf_config(file: GGUFFile) -> ModelConfig:
-    """The configuration in a GGUF file's metadata. Raises as `read_config` does."""
-    arch = ARCHS[str(file.metadata.get("general.architecture"))]
-    if arch.gguf is None:
-        raise UnsupportedError(f"{file.path}: moekit reads {arch.model_type} from safetensors, not from GGUF")
-    prefix = f"{arch.model_type}."
-    values = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
-    keys = Keys(values, str(file.path))
-    _refuse_gguf(keys)
-    heads, hidden = keys.whole("attention.head_count"), keys.whole("embedding_length")
-    tokens = Keys(file.metadata, str(file.path))
-    try:
-        return ModelConfig(
-            arch=arch.model_type,
-            vocab_size=_gguf_vocabulary(file),
-            hidden_size=hidden,
-            intermediate_size=keys.whole("feed_forward_length"),
-            num_hidden_layers=keys.whole("block_count"),
-            num_attention_heads=heads,
-            num_key_value_heads=keys.whole("attention.head_count_kv", heads),
-            head_dim=keys.whole("attention.key_length", hidden // max(heads, 1)),
-            max_position_embeddings=keys.whole("context_length"),
-            rope_theta=keys.real("rope.freq_base", 10_000.0),
-            rms_norm_eps=keys.real("attention.layer_norm_rms_epsilon"),
-            tie_word_embeddings="output.weight" not in file.tensors,
-            bos_token_id=tokens.token("tokenizer.ggml.bos_token_id"),
-            eos_token_ids=tokens.tokens("tokenizer.ggml.eos_token_id"),
-            pad_token_id=tokens.token("tokenizer.ggml.padding_token_id"),
-        )
-    except ConfigError as error:
-        raise FormatError(f"{file.path}: {error}") from None
-
-
-def _refuse_gguf(keys: Keys) -> None:
-    scaling = keys.optional("rope.scaling.type") or "none"
-    unsupported(keys, scaling != "none", f"rope.scaling.type {scaling!r}", "plain rotary positions ('none')")
-    experts = keys.whole("expert_count", 0)
-    unsupported(keys, experts > 0, f"a GGUF file of {experts} experts", "MoE models from safetensors")
-    heads = max(keys.whole("attention.head_count"), 1)
-    size = keys.whole("attention.key_length", keys.whole("embedding_length") // heads)
-    rotated = keys.whole("rope.dimension_count", size)
-    unsupported(keys, rotated != size, f"rope.dimension_count {rotated}", f"rotation of whole heads ({size})")
-
-
-def _gguf_vocabulary(file: GGUFFile) -> int:
-    if "token_embd.weight" not in file.tensors:
-        raise FormatError(f"{file.path}: the tensor 'token_embd.weight' is missing")
-    return file.tensors["token_embd.weight"].shape[0]
-
-
 ARCHS: Registry[Arch] = Registry("architecture")
 
 ARCHS.register("llama")(
@@ -313,7 +241,6 @@ ARCHS.register("llama")(
         read=_read_llama,
         write=_write_llama,
         hf=Layout(HF_OUTER, "model.layers.{i}.", HF_ATTENTION | HF_DENSE),
-        gguf=LLAMA_GGUF,
     )
 )
 

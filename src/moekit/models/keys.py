@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from moekit.config import ModelConfig, MoEConfig
 from moekit.errors import FormatError, UnsupportedError
 
-__all__ = ["Keys", "refuse_unsupported", "unsupported"]
+__all__ = ["Keys", "refuse_inexpressible", "refuse_unsupported", "unsupported"]
 
 
 class Keys:
@@ -81,3 +83,24 @@ def unsupported(keys: Keys, wrong: bool, what: str, instead: str) -> None:
     """Raise `UnsupportedError` if `wrong`: `what` the file asks for, and what moekit computes `instead`."""
     if wrong:
         raise UnsupportedError(f"{keys.source}: {what} is not supported; moekit computes {instead}")
+
+
+def refuse_inexpressible(
+    config: ModelConfig, read_back: ModelConfig, where: str = "on disk", ignored: Iterable[str] = ()
+) -> None:
+    """Raise `UnsupportedError` naming the fields of `config` that came back different from a file format."""
+    wanted, kept = _fields(config), _fields(read_back)
+    unused = ["intermediate_size"] if len(config.moe_layers) == config.num_hidden_layers else []  # no dense MLP is left
+    lost = [name for name in wanted if wanted[name] != kept[name] and name not in (*unused, *ignored)]
+    if lost:
+        values = ", ".join(f"{name}={wanted[name]!r}" for name in lost)
+        raise UnsupportedError(f"a {config.arch} model {where} cannot express {values}")
+
+
+def _fields(config: ModelConfig) -> dict[str, Any]:
+    """Every field that changes what the model computes, the MoE's as moe.<name>."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "moe"}
+    for f in dataclasses.fields(MoEConfig):
+        if f.name != "router_init_scale":
+            values[f"moe.{f.name}"] = getattr(config.moe, f.name, None)
+    return values

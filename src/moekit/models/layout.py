@@ -11,7 +11,17 @@ from dataclasses import dataclass, field
 from moekit.config import ModelConfig, MoEConfig
 from moekit.errors import UnsupportedError
 
-__all__ = ["HF_ATTENTION", "HF_DENSE", "HF_FUSED", "HF_OUTER", "LLAMA_GGUF", "Layout", "Piece"]
+__all__ = [
+    "HF_ATTENTION",
+    "HF_DENSE",
+    "HF_FUSED",
+    "HF_OUTER",
+    "LLAMA_GGUF",
+    "MIXTRAL_GGUF",
+    "QWEN3_MOE_GGUF",
+    "Layout",
+    "Piece",
+]
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class Layout:
         inner: parameters of a layer.
         experts: fused parameters to the per-expert tensors stacked in them, in order; {e} is the expert.
         fused: the same parameters' names where a file holds them fused.
+        stacked: fused parameters to the tensors of all experts that their rows are made of, in order.
         interleaved: parameters whose rows are stored interleaved for rotary positions.
     """
 
@@ -49,6 +60,7 @@ class Layout:
     inner: Mapping[str, str]
     experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fused: Mapping[str, str] = field(default_factory=dict)
+    stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     interleaved: Mapping[str, str] = field(default_factory=dict)
 
     def pieces(self, name: str, config: ModelConfig, *, fused: bool = False) -> Iterator[Piece]:
@@ -64,6 +76,9 @@ class Layout:
         prefix = self.prefix.format(i=layer)
         if inner in self.experts and config.moe is not None and not fused:
             yield from self._experts(prefix, layer, inner, config.moe)
+        elif inner in self.stacked and config.moe is not None:
+            for part, rows in _parts(self.stacked[inner], config.moe.intermediate_size):
+                yield Piece(prefix + part, (slice(None), *rows) if rows else ())
         elif inner in (names := self.fused if fused else self.inner):
             heads = getattr(config, self.interleaved[inner]) if inner in self.interleaved else 0
             yield Piece(prefix + names[inner], rotary_heads=heads)
@@ -76,11 +91,15 @@ class Layout:
         return self.prefix.format(i=layer) + self.fused[inner] if inner in self.fused else None
 
     def _experts(self, prefix: str, layer: str, inner: str, moe: MoEConfig) -> Iterator[Piece]:
-        parts, width = self.experts[inner], moe.intermediate_size
         for expert in range(moe.num_experts):
-            for number, part in enumerate(parts):
-                rows = () if len(parts) == 1 else (slice(number * width, (number + 1) * width),)
+            for part, rows in _parts(self.experts[inner], moe.intermediate_size):
                 yield Piece(prefix + part.format(e=expert), (expert, *rows), f"expert {expert} of layer {layer}")
+
+
+def _parts(names: tuple[str, ...], width: int) -> Iterator[tuple[str, tuple[slice, ...]]]:
+    """Each name and the rows of an expert's matrix it holds; () when it is the only one and holds all."""
+    for number, name in enumerate(names):
+        yield name, () if len(names) == 1 else (slice(number * width, (number + 1) * width),)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -104,17 +123,47 @@ HF_ATTENTION = {
 HF_DENSE = {f"mlp.{name}_proj.weight": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
 HF_FUSED = {f"mlp.experts.{name}": f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")}
 
-LLAMA_GGUF = Layout(
-    outer={"embed.weight": "token_embd.weight", "norm.weight": "output_norm.weight", "head.weight": "output.weight"},
-    prefix="blk.{i}.",
-    inner={
-        "attn_norm.weight": "attn_norm.weight",
-        "mlp_norm.weight": "ffn_norm.weight",
-        "attn.q_proj.weight": "attn_q.weight",
-        "attn.k_proj.weight": "attn_k.weight",
-        "attn.v_proj.weight": "attn_v.weight",
-        "attn.o_proj.weight": "attn_output.weight",
-        **{f"mlp.{name}_proj.weight": f"ffn_{name}.weight" for name in ("gate", "up", "down")},
+_GGUF_OUTER = {
+    "embed.weight": "token_embd.weight",
+    "norm.weight": "output_norm.weight",
+    "head.weight": "output.weight",
+}
+_GGUF_ATTENTION = {
+    "attn_norm.weight": "attn_norm.weight",
+    "mlp_norm.weight": "ffn_norm.weight",
+    **{
+        f"attn.{ours}_proj.{kind}": f"attn_{theirs}.{kind}"
+        for ours, theirs in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "output"))
+        for kind in ("weight", "bias")
     },
-    interleaved={"attn.q_proj.weight": "num_attention_heads", "attn.k_proj.weight": "num_key_value_heads"},
+}
+_GGUF_ROUTER = {"mlp.router.weight": "ffn_gate_inp.weight"}
+_GGUF_STACKED = {
+    "mlp.experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+    "mlp.experts.down_proj": ("ffn_down_exps.weight",),
+}
+_GGUF_INTERLEAVED = {
+    f"attn.{name}_proj.{kind}": heads
+    for name, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads"))
+    for kind in ("weight", "bias")
+}
+
+LLAMA_GGUF = Layout(
+    outer=_GGUF_OUTER,
+    prefix="blk.{i}.",
+    inner=_GGUF_ATTENTION | {f"mlp.{name}_proj.weight": f"ffn_{name}.weight" for name in ("gate", "up", "down")},
+    interleaved=_GGUF_INTERLEAVED,
+)
+MIXTRAL_GGUF = Layout(
+    outer=_GGUF_OUTER,
+    prefix="blk.{i}.",
+    inner=_GGUF_ATTENTION | _GGUF_ROUTER,
+    stacked=_GGUF_STACKED,
+    interleaved=_GGUF_INTERLEAVED,
+)
+QWEN3_MOE_GGUF = Layout(  # llama.cpp rotates this family half against half, as we do: nothing is interleaved
+    outer=_GGUF_OUTER,
+    prefix="blk.{i}.",
+    inner=_GGUF_ATTENTION | _GGUF_ROUTER | {f"attn.{n}_norm.weight": f"attn_{n}_norm.weight" for n in ("q", "k")},
+    stacked=_GGUF_STACKED,
 )

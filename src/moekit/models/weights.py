@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from moekit.config import ModelConfig
 from moekit.errors import FileError, FormatError, UnsafeFileError, UnsupportedError
 from moekit.files import file_errors, read_json, replacing_folder, write_atomic
-from moekit.models.archs import ARCHS, config_to_hf, gguf_config, read_config
+from moekit.models.archs import ARCHS, config_to_hf, read_config
 from moekit.models.decoder import Decoder
+from moekit.models.gguf_archs import GGUF_ARCHS, gguf_config
 from moekit.models.gguf_file import GGUFFile
 from moekit.models.layout import Layout, Piece
 from moekit.models.safetensors_file import SafetensorsFile, write_safetensors
 
-__all__ = ["load_decoder", "save_decoder"]
+__all__ = ["StoredDecoder", "load_decoder", "save_decoder"]
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -54,18 +55,43 @@ def load_decoder(path: str | os.PathLike[str], dtype: torch.dtype | None = None)
         UnsafeFileError: there is only a pickle, or the index points out of the folder.
         UnsupportedError, UnknownNameError: see `read_config`.
     """
-    path = Path(path)
-    source: Source
-    if path.suffix == ".gguf":
-        file = GGUFFile(path)
-        config, source = gguf_config(file), _GGUFSource(file)
-        layout = ARCHS[config.arch].gguf
-        assert layout is not None  # gguf_config has refused families without one
-    else:
-        _refuse_pickle(path)
-        config, source = read_config(path), _open_folder(path)
-        layout = ARCHS[config.arch].hf
-    return _fill(config, layout, source, str(path), dtype)
+    stored = StoredDecoder(path)
+    for name in stored.names:
+        owner, _, leaf = name.rpartition(".")
+        parameter = nn.Parameter(stored.read(name, dtype))
+        setattr(stored.empty.get_submodule(owner), leaf, parameter)
+    return stored.empty.eval()
+
+
+class StoredDecoder:
+    """A model on disk whose names and shapes have been compared with its configuration, and that is read in parts.
+
+    Args:
+        path: as `load_decoder` takes it; it raises what that raises.
+
+    Attributes:
+        config: its configuration.
+        empty: a decoder of that configuration without memory (on torch's meta device).
+        names: of all parameters, in the decoder's order.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        path = Path(path)
+        self._where, self._source = str(path), _open(path)
+        if isinstance(self._source, _GGUFSource):
+            self.config = gguf_config(self._source.file)
+            layout = GGUF_ARCHS[self.config.arch].layout
+        else:
+            self.config = read_config(path)
+            layout = ARCHS[self.config.arch].hf
+        self.empty = _empty_decoder(self.config, len(self._source.shapes), self._where)
+        self._plan = _plan(self.empty, layout, self._source, self._where)
+        self.names = list(self._plan)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The parameter `name`, as it is stored (GGUF: float32) or in `dtype`."""
+        shape = self.empty.get_parameter(name).shape
+        return _assemble(shape, self._plan[name], self._source, self._where, dtype)
 
 
 def save_decoder(
@@ -103,17 +129,6 @@ def save_decoder(
         write_atomic(temporary / "generation_config.json", _json(_generation(values)))
         write_atomic(temporary / "config.json", _json(values))
     _remove_stale(Path(folder), {*shards, *([_INDEX] if len(shards) > 1 else [])})
-
-
-def _fill(config: ModelConfig, layout: Layout, source: Source, where: str, dtype: torch.dtype | None) -> Decoder:
-    decoder = _empty_decoder(config, len(source.shapes), where)
-    plan = _plan(decoder, layout, source, where)
-    for name, pieces in plan.items():
-        owner, _, leaf = name.rpartition(".")
-        shape = decoder.get_parameter(name).shape
-        parameter = nn.Parameter(_assemble(shape, pieces, source, where, dtype))
-        setattr(decoder.get_submodule(owner), leaf, parameter)
-    return decoder.eval()
 
 
 def _empty_decoder(config: ModelConfig, num_tensors: int, where: str) -> Decoder:
@@ -215,6 +230,13 @@ class _SafetensorsSource:
 
     def read(self, name: str) -> Tensor:
         return self.home[name].read(name)
+
+
+def _open(path: Path) -> _GGUFSource | _SafetensorsSource:
+    if path.suffix == ".gguf":
+        return _GGUFSource(GGUFFile(path))
+    _refuse_pickle(path)
+    return _open_folder(path)
 
 
 def _open_folder(folder: Path) -> _SafetensorsSource:

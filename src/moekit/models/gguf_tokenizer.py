@@ -1,0 +1,114 @@
+"""`tokenizer_metadata`: a tokenizer as the metadata of a GGUF file, for byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM).
+
+llama.cpp knows the ways to cut a text into words before BPE by name, each a regular expression in its source
+(llama-vocab.cpp); a tokenizer whose own is none of those known here would be cut otherwise there, and is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from gguf import TokenType
+
+from moekit.errors import UnsupportedError
+from moekit.models.gguf_file import GGUFFile
+from moekit.models.tokenizer import Tokenizer, load_tokenizer
+
+__all__ = ["tokenizer_metadata"]
+
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CUTS = {
+    ("bytes and words",): "gpt-2",
+    ("digits", "bytes and words"): "smollm",
+    (_LETTERS + r"\p{N}{1,3}" + _REST, "bytes"): "llama-bpe",
+    (_LETTERS + r"\p{N}" + _REST, "bytes"): "qwen2",
+}
+"""Steps of a tokenizer's pre-tokenizer to llama.cpp's name."""
+
+
+def tokenizer_metadata(model: str | os.PathLike[str], vocab_size: int, cut: str | None = None) -> dict[str, Any]:
+    """The keys tokenizer.* for the tokenizer of the model at the path `model`.
+
+    Args:
+        model: a folder in Hugging Face layout, or a .gguf file, whose own keys are taken over.
+        vocab_size: the model's; ids without a token are named and marked unused.
+        cut: llama.cpp's name of the pre-tokenizer, where it is none that this module knows.
+    Raises:
+        FileError, FormatError: there is no tokenizer, or it cannot be read.
+        UnsupportedError: it is not byte-level BPE, has more tokens than the model, or is cut in an unknown way.
+    """
+    if Path(model).suffix == ".gguf":
+        kept = GGUFFile(model).metadata.items()
+        return {key: value for key, value in kept if key.startswith("tokenizer.")} | ({_PRE: cut} if cut else {})
+    return _metadata(load_tokenizer(model), str(model), vocab_size, cut)
+
+
+_PRE = "tokenizer.ggml.pre"
+
+
+def _metadata(tokenizer: Tokenizer, source: str, vocab_size: int, cut: str | None) -> dict[str, Any]:
+    backend = getattr(tokenizer.hf, "backend_tokenizer", None)
+    values = json.loads(backend.to_str()) if backend else {"model": {}}
+    steps = _steps(values.get("pre_tokenizer"))
+    if values["model"].get("type") != "BPE" or not steps or not steps[-1].startswith("bytes"):
+        raise UnsupportedError(f"the tokenizer of {source} is not byte-level BPE; export it with --no-tokenizer")
+    cut = cut or _CUTS.get(steps)
+    if cut is None:
+        raise UnsupportedError(
+            f"the tokenizer of {source} cuts words as {' then '.join(map(repr, steps))}, which is none of "
+            f"{', '.join(_CUTS.values())}: give llama.cpp's name for it with --pre-tokenizer, or --no-tokenizer"
+        )
+    tokens, types = _tokens(tokenizer, values, vocab_size, source)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in values["model"]["merges"]]
+    hf = tokenizer.hf
+    metadata = {
+        "model": "gpt2",
+        "pre": cut,
+        "tokens": tokens,
+        "token_type": types,
+        "merges": merges,
+        "add_bos_token": tokenizer.encode("")[:1] == [hf.bos_token_id],
+        **{f"{name}_token_id": getattr(hf, f"{name}_token_id") for name in ("bos", "eos")},
+        "unknown_token_id": hf.unk_token_id,
+        "padding_token_id": hf.pad_token_id,
+    }
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in metadata.items() if value is not None}
+    return metadata | ({"tokenizer.chat_template": hf.chat_template} if hf.chat_template else {})
+
+
+def _steps(pre: dict[str, Any] | None) -> tuple[str, ...]:
+    """What a pre-tokenizer does, step by step, in the words of `_CUTS`; another step by its type."""
+    if pre is None:
+        return ()
+    kind = pre["type"]
+    if kind == "Sequence":
+        return tuple(step for inner in pre["pretokenizers"] for step in _steps(inner))
+    if kind == "ByteLevel" and not pre["add_prefix_space"]:
+        return ("bytes and words" if pre["use_regex"] else "bytes",)
+    if kind == "Digits" and pre["individual_digits"]:
+        return ("digits",)
+    if kind == "Split" and pre["behavior"] == "Isolated" and not pre["invert"]:
+        return (pre["pattern"].get("Regex", "a string"),)
+    return (kind,)
+
+
+def _tokens(tokenizer: Tokenizer, values: dict[str, Any], vocab_size: int, source: str) -> tuple[list[str], list[int]]:
+    """Every id's token and its type."""
+    added = {token["id"]: token["special"] for token in values["added_tokens"]}
+    by_id = {number: token for token, number in tokenizer.hf.get_vocab().items()}
+    if by_id and max(by_id) >= vocab_size:
+        raise UnsupportedError(
+            f"the tokenizer of {source} has the id {max(by_id)}, but the model's vocabulary ends at {vocab_size - 1}"
+        )
+    tokens, types = [], []
+    for number in range(vocab_size):
+        kind = TokenType.UNUSED if number not in by_id else TokenType.NORMAL
+        if number in added:
+            kind = TokenType.CONTROL if added[number] else TokenType.USER_DEFINED
+        tokens.append(by_id.get(number, f"[PAD{number}]"))
+        types.append(int(kind))
+    return tokens, types
