@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "decode.h"
 #include "ops.h"
 #include "quant_ops.h"
 
@@ -45,6 +46,58 @@ void quant_layer(Address x, Address ids, Address weights, Address gate_up, Addre
             {tokens, top_k, experts, hidden, inner, gated, activation, threads});
 }
 
+// ---- decoding: layers are described once, in numbers, and then called with what changes -------------------------
+
+void describe_attention(Attention* self, Vector norm, Vector q_norm, Vector k_norm, float eps, const Linear& q,
+                        const Linear& k, const Linear& v, const Linear& o, i64 heads, i64 kv_heads, i64 head_dim,
+                        int dtype) {
+  new (self) Attention{norm, q_norm, k_norm, eps, q, k, v, o, heads, kv_heads, head_dim, dtype};
+}
+
+void run_attention(const Attention& self, Address x, Address cosine, Address sine, Address keys, Address values,
+                   i64 capacity, int dtype, i64 position, int threads) {
+  attention_step(self, pointer<float>(x), pointer<const float>(cosine), pointer<const float>(sine),
+                 {pointer(keys), pointer(values), capacity, dtype}, position, threads);
+}
+
+void describe_sparse(Sparse* self, Vector norm, float eps, const TopK& router, const std::vector<MLP>& experts,
+                     const MLP& shared, const Matrix& shared_gate, int activation, int dtype) {
+  new (self) Sparse{norm, eps, router, experts, shared, shared_gate, activation, dtype};
+}
+
+void run_mlp(const Sparse& self, Address x, Address logits, Address ids, Address weights, i64 count, int threads) {
+  mlp_step(self, pointer<float>(x), {pointer<float>(logits), pointer<i64>(ids), pointer<float>(weights), count},
+           threads);
+}
+
+void run_linear_row(Address x, Address weight, Address bias, Address out, i64 rows, i64 cols, int dtype, int threads) {
+  const Linear layer{{pointer(weight), rows, cols, dtype, 0, 1, true}, {pointer(bias), dtype}};
+  linear_row(layer, pointer(x), pointer(out), dtype, threads);
+}
+
+void bind_decode(nb::module_& m) {
+  using Free = nb::call_guard<nb::gil_scoped_release>;
+  nb::class_<Vector>(m, "Vector").def("__init__", [](Vector* self, Address data, int dtype) {
+    new (self) Vector{pointer(data), dtype};
+  });
+  nb::class_<Matrix>(m, "Matrix").def("__init__", [](Matrix* self, Address data, i64 rows, i64 cols, int kind) {
+    new (self) Matrix{pointer(data), rows, cols, kind, 0, 1, true};
+  });
+  nb::class_<Linear>(m, "Linear").def("__init__", [](Linear* self, const Matrix& weight, Vector bias) {
+    new (self) Linear{weight, bias};
+  });
+  nb::class_<MLP>(m, "MLP").def("__init__", [](MLP* self, const Linear& gate, const Linear& up, const Linear& down) {
+    new (self) MLP{gate, up, down};
+  });
+  nb::class_<TopK>(m, "TopK").def(
+      "__init__", [](TopK* self, const Matrix& weight, i64 top_k, bool softmax_first, bool normalise, float scale) {
+        new (self) TopK{weight, top_k, softmax_first, normalise, scale};
+      });
+  m.def("linear_row", run_linear_row, Free());
+  nb::class_<Attention>(m, "Attention").def("__init__", describe_attention).def("run", run_attention, Free());
+  nb::class_<Sparse>(m, "Sparse").def("__init__", describe_sparse).def("run", run_mlp, Free());
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -55,6 +108,7 @@ NB_MODULE(_native, m) {
   m.def("moe_decode", decode, Free());
   m.def("quant_grouped_mm", quant_product, Free());
   m.def("quant_moe", quant_layer, Free());
+  bind_decode(m);
   m.def("available_isas", available_isas);
   m.def("isa", [] { return std::string(isa().name); });
   m.def("use_isa", use_isa);

@@ -9,7 +9,7 @@ namespace moekit {
 
 using i64 = std::int64_t;
 
-enum DType : int { kF32 = 0, kBF16 = 1 };
+enum DType : int { kF32 = 0, kBF16 = 1, kF16 = 2 };  // kF16 in the key-value cache alone
 
 inline size_t element_size(int dtype) { return dtype == kF32 ? 4 : 2; }
 
@@ -21,12 +21,29 @@ using DotTile = void (*)(const void* const* a, const void* b, i64 ldb, void* c, 
 using GemmTile = void (*)(const void* a, i64 a_m, i64 a_k, const void* b, i64 ldb, void* c, i64 ldc, i64 m, i64 n,
                           i64 k, void* scratch);
 
+// The inner loops of decoding (rows.h says what each computes). Tables are indexed by DType; `dtype` is what fp32
+// results are rounded to.
+struct RowOps {
+  void (*matvec[2])(const void* weight, i64 ld, const float* x, float* out, i64 rows, i64 k);
+  void (*scores[3])(const float* q_Gd, i64 heads, const void* k_Sd, i64 positions, i64 d, float* out_GS, i64 stride);
+  void (*mix[3])(const float* p_GS, i64 stride, i64 heads, const void* v_Sd, i64 positions, i64 d, float* out_Gd);
+  void (*store[3])(const float* x, void* out, i64 size);
+  void (*load[3])(const void* x, float* out, i64 size);
+  float (*exp_and_sum)(float* x, i64 size, float scale, float* max);
+  void (*rms_norm)(const float* x, const float* weight, float eps, float* out, i64 size, int dtype);
+  void (*rotate)(float* x, const float* cosine, const float* sine, i64 d, int dtype);
+  void (*silu_times)(float* gate, const float* up, i64 size, int dtype);
+  void (*add_rounded)(float* y, const float* x, i64 size, int dtype);
+  void (*scale_add)(float* y, const float* x, float factor, i64 size);
+};
+
 // Tables are indexed by DType. Sums are in fp32 everywhere.
 struct Tiles {
   const char* name;
   DotTile dot[2];         // C in the elements' type
   DotTile dot_to_f32[2];  // C in fp32
   GemmTile gemm[2];
+  RowOps row;
 };
 
 // The largest tile that `gemm` takes (wider when it has few rows), and the 64-byte aligned scratch it needs for one.

@@ -1,6 +1,7 @@
 // The tile kernels, written once over vec.h; tiles_<isa>.cpp compiles them for one instruction set.
 #pragma once
 #include "isa.h"
+#include "rows.h"
 #include "vec.h"
 
 namespace moekit {
@@ -222,4 +223,5 @@ void gemm_tile(const void* a, i64 a_m, i64 a_k, const void* b, i64 ldb, void* c,
       {moekit::dot_tile<float, float>, moekit::dot_tile<moekit::BF16, moekit::BF16>}, \
       {moekit::dot_tile<float, float>, moekit::dot_tile<moekit::BF16, float>},  \
       {moekit::gemm_tile<float>, moekit::gemm_tile<moekit::BF16>},              \
+      moekit::kRowOps,                                                          \
   };

@@ -14,8 +14,12 @@ from tolerances import assert_close
 @pytest.fixture
 def native_calls(monkeypatch):
     calls = []
-    original = cpu.grouped_mm
-    monkeypatch.setattr(cpu, "grouped_mm", lambda *args: calls.append(args) or original(*args))
+
+    def spy(name, original):
+        monkeypatch.setattr(cpu, name, lambda *args: calls.append(name) or original(*args))
+
+    spy("grouped_mm", cpu.grouped_mm)
+    spy("linear_row", cpu.linear_row)
     return calls
 
 
@@ -36,7 +40,9 @@ def test_few_rows_without_gradient_run_natively(native_calls):
     x, weight = torch.randn(2, 8).bfloat16(), torch.randn(4, 8).bfloat16()
     with torch.no_grad():
         kernels.linear(x, weight)
-    assert len(native_calls) == 1
+        kernels.linear(x[:1], weight)
+        kernels.linear(x[0].float(), weight.float())
+    assert native_calls == ["grouped_mm", "linear_row", "linear_row"]
 
 
 def test_everything_else_is_torchs(native_calls, monkeypatch):

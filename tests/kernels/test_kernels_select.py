@@ -21,10 +21,10 @@ def without_library(monkeypatch):
     """As if `moekit._native` had never been built."""
     monkeypatch.setitem(sys.modules, "moekit._native", None)
     cpu.unavailable.cache_clear()
-    cpu._native.cache_clear()
+    cpu.native.cache_clear()
     yield
     cpu.unavailable.cache_clear()
-    cpu._native.cache_clear()
+    cpu.native.cache_clear()
 
 
 def grouped(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -124,9 +124,12 @@ except BackendError:
 
 def test_explain_tells_every_op_and_agrees_with_the_choice():
     explanation = kernels.explain()
-    assert {choice.op for choice in explanation} == set(select.OPS)
+    assert {choice.op for choice in explanation} == {*select.OPS, "decode step"}
     for choice in explanation:
         dtype = getattr(torch, choice.dtype)
+        if choice.op == "decode step":
+            assert (choice.backend == "cpu") == (select.step_obstacle(CPU, dtype) is None)
+            continue
         assert choice.backend == select.choose(choice.op, CPU, dtype, rows=choice.rows_an_expert, experts=1)
         assert choice.reason
 

@@ -28,7 +28,9 @@ __all__ = [
     "grouped_mm_transposed",
     "grouped_outer",
     "isa",
+    "linear_row",
     "moe_decode",
+    "native",
     "num_threads",
     "unavailable",
 ]
@@ -47,7 +49,7 @@ def unavailable() -> str | None:
 
 
 @cache
-def _native() -> Any:
+def native() -> Any:
     """`moekit._native`, or BackendError."""
     if reason := unavailable():
         raise BackendError(reason)
@@ -66,13 +68,13 @@ def _use(library: Any, name: str) -> None:
 
 def available_isas() -> list[str]:
     """The instruction sets that this CPU and this build have, slowest first."""
-    names: list[str] = _native().available_isas()
+    names: list[str] = native().available_isas()
     return names
 
 
 def isa() -> str:
     """The instruction set in use."""
-    name: str = _native().isa()
+    name: str = native().isa()
     return name
 
 
@@ -84,16 +86,16 @@ def forced_isa(name: str) -> Iterator[None]:
         BackendError: the CPU or the build does not have it.
     """
     before = isa()
-    _use(_native(), name)
+    _use(native(), name)
     try:
         yield
     finally:
-        _native().use_isa(before)
+        native().use_isa(before)
 
 
 def num_threads() -> int:
     """PyTorch's threads where the build has OpenMP, else 1."""
-    return torch.get_num_threads() if _native().threaded else 1
+    return torch.get_num_threads() if native().threaded else 1
 
 
 def grouped_mm(rows_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
@@ -139,6 +141,15 @@ def moe_decode(
     return out_TD
 
 
+def linear_row(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """W · x + b of a single row: x (..., I) with one row, (..., O) in its dtype, which W and b have too."""
+    out = x.new_empty(*x.shape[:-1], weight_OI.shape[0])
+    inputs = [each if each is None else each.contiguous() for each in (x, weight_OI, bias_O)]
+    where = [0 if each is None else each.data_ptr() for each in (*inputs, out)]
+    native().linear_row(*where, *weight_OI.shape, DTYPES[x.dtype], num_threads())
+    return out
+
+
 def _run(op: str, left: Tensor, right: Tensor, counts_E: Tensor, out: Tensor, size: tuple[int, ...]) -> None:
     _call(op, [left.contiguous(), right.contiguous(), counts_E.contiguous(), out], size)
 
@@ -151,6 +162,6 @@ def call(op: str, tensors: list[Tensor], sizes: tuple[int, ...]) -> None:
     """One native op on the addresses of contiguous tensors, then numbers, then the threads; its complaints are
     ConfigErrors."""
     try:
-        getattr(_native(), op)(*[each.data_ptr() for each in tensors], *sizes, num_threads())
+        getattr(native(), op)(*[each.data_ptr() for each in tensors], *sizes, num_threads())
     except ValueError as error:
         raise ConfigError(f"{op}: {error}") from None

@@ -32,6 +32,7 @@ __all__ = [
     "fast_bf16",
     "forced",
     "run",
+    "step_obstacle",
 ]
 
 BACKENDS: dict[str, Any] = {"reference": reference, "blas": blas, "cpu": cpu}
@@ -118,6 +119,13 @@ def run(op: str, experts: int, *args: Any) -> Tensor:
     return result
 
 
+def step_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a token cannot go through a block in native steps (kernels/steps.py), or None."""
+    if _forced not in (None, "cpu"):
+        return f"the {_forced} backend is forced"
+    return _native_obstacle(device, dtype)
+
+
 def fast_bf16(device: torch.device) -> bool:
     """Whether PyTorch multiplies bf16 matrices faster than fp32 ones here.
 
@@ -133,7 +141,7 @@ def explain() -> Explanation:
     """Which backend runs each op on this machine, for few and for many rows an expert, and why.
 
     >>> sorted({choice.op for choice in explain()})
-    ['grouped_mm', 'grouped_mm_transposed', 'grouped_outer', 'moe_decode']
+    ['decode step', 'grouped_mm', 'grouped_mm_transposed', 'grouped_outer', 'moe_decode']
     """
     choices = Explanation()
     for op in OPS:
@@ -141,6 +149,11 @@ def explain() -> Explanation:
             for rows in (1,) if op == "moe_decode" else (1, 256):
                 backend, reason = _decide(op, torch.device("cpu"), dtype, rows, 1)
                 choices.append(Choice(op, str(dtype).removeprefix("torch."), rows, backend, reason))
+    for dtype in (torch.float32, torch.bfloat16):
+        obstacle = step_obstacle(torch.device("cpu"), dtype)
+        reason = "forced" if _forced else obstacle or "one new token: a block in two native calls (models/steps.py)"
+        backend = "reference" if obstacle else "cpu"
+        choices.append(Choice("decode step", str(dtype).removeprefix("torch."), 1, backend, reason))
     return choices
 
 

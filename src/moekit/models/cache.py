@@ -16,7 +16,7 @@ class KVCache:
     Args:
         config: gives layers, key–value heads and head dimension.
         batch: number of sequences B.
-        dtype: of the stored keys and values.
+        dtype: of the stored keys and values: float32, bfloat16 or float16.
         capacity: positions to reserve at first.
 
     `length` counts the positions that every layer has; the decoder advances it once a forward pass.
@@ -31,13 +31,15 @@ class KVCache:
 
     def append(self, layer: int, k_BHLd: Tensor, v_BHLd: Tensor) -> tuple[Tensor, Tensor]:
         """Store new positions of one layer; returns all its keys and values so far, (B, H, length + L, d)."""
-        end = self.length + k_BHLd.shape[2]
-        buffer = self._buffers[layer]
-        if end > buffer.shape[3]:
-            buffer = self._grow(layer, end)
+        buffer, end = self.room(layer, k_BHLd.shape[2]), self.length + k_BHLd.shape[2]
         buffer[0, :, :, self.length : end] = k_BHLd
         buffer[1, :, :, self.length : end] = v_BHLd
         return buffer[0, :, :, :end], buffer[1, :, :, :end]
+
+    def room(self, layer: int, count: int) -> Tensor:
+        """One layer's keys and values (2, B, H, capacity, d), contiguous, with room for `count` new positions."""
+        buffer, end = self._buffers[layer], self.length + count
+        return buffer if end <= buffer.shape[3] else self._grow(layer, end)
 
     def advance(self, count: int) -> None:
         """Make the `count` positions just appended part of the past."""
@@ -47,6 +49,16 @@ class KVCache:
         """Forget every position from `length` on, to go on from a common prefix."""
         assert 0 <= length <= self.length
         self.length = length
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the stored keys and values."""
+        return self._buffers[0].dtype
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return self._shape[1]
 
     @property
     def nbytes(self) -> int:

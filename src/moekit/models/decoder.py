@@ -7,6 +7,7 @@ Shapes: B batch, L length, D hidden, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ from moekit.kernels import linear
 from moekit.models.attention import Attention, AttentionInput, attention_mask
 from moekit.models.blocks import DenseMLP, RMSNorm, rotary_angles
 from moekit.models.cache import KVCache
+from moekit.models.steps import DecoderSteps, obstacle
 from moekit.moe import Linear, MoE, Routing, RoutingRecord
 
 __all__ = ["Block", "Decoder", "DecoderOutput", "Features"]
@@ -89,6 +91,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         tied = config.tie_word_embeddings
         self.head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._steps = DecoderSteps()
         self.apply(_initialise)
 
     def forward(
@@ -127,8 +130,21 @@ class Decoder(nn.Module):
             ContextLengthError: past and new tokens exceed the model's max_position_embeddings.
             ConfigError: an empty input, or a cache together with document_ids or mask.
         """
-        inputs = self._inputs(input_ids, cache, document_ids, mask)
+        self._check(input_ids, cache, document_ids, mask)
+        inputs = partial(self._inputs, input_ids, cache, document_ids, mask)
         x_BLD = self.embed(input_ids)
+        if obstacle(input_ids, cache, x_BLD.dtype) is None:
+            assert cache is not None
+            x_BLD, routings = self._steps.run(self.layers, x_BLD, inputs, cache, self.config)
+        else:
+            x_BLD, routings = self._through_modules(x_BLD, inputs(), checkpointing)
+        if cache is not None:
+            cache.advance(input_ids.shape[1])
+        return Features(self.norm(x_BLD), routings)
+
+    def _through_modules(
+        self, x_BLD: Tensor, inputs: AttentionInput, checkpointing: str
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
         routings = []
         for block in self.layers:
             if checkpointing == "block" and torch.is_grad_enabled():
@@ -137,9 +153,11 @@ class Decoder(nn.Module):
                 x_BLD, routing = block(x_BLD, inputs, checkpointing == "moe" and torch.is_grad_enabled())
             if routing is not None:
                 routings.append(routing)
-        if cache is not None:
-            cache.advance(input_ids.shape[1])
-        return Features(self.norm(x_BLD), tuple(routings))
+        return x_BLD, tuple(routings)
+
+    def explain(self) -> str:
+        """One line on how a new token goes through the blocks; see models/steps.py."""
+        return self._steps.explain(self.layers, self.norm.weight.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: (..., D) → (..., V)."""
@@ -150,9 +168,9 @@ class Decoder(nn.Module):
         """(V, D): the head's matrix, which is the embedding's when they are tied."""
         return self.embed.weight if self.head is None else self.head.weight
 
-    def _inputs(
+    def _check(
         self, input_ids: Tensor, cache: KVCache | None, document_ids: Tensor | None, mask: Tensor | None
-    ) -> AttentionInput:
+    ) -> None:
         past, length = (cache.length if cache else 0), input_ids.shape[1]
         if input_ids.numel() == 0:
             raise ConfigError("input_ids is empty: give at least one token")
@@ -162,6 +180,11 @@ class Decoder(nn.Module):
             )
         if cache is not None and (document_ids is not None or mask is not None):
             raise ConfigError("a cache cannot be combined with document_ids or mask")
+
+    def _inputs(
+        self, input_ids: Tensor, cache: KVCache | None, document_ids: Tensor | None, mask: Tensor | None
+    ) -> AttentionInput:
+        past, length = (cache.length if cache else 0), input_ids.shape[1]
         cos, sin = rotary_angles(_positions(input_ids, past, document_ids), self.config)
         allowed = attention_mask(length, past, document_ids, mask)
         return AttentionInput(cos, sin, allowed, mask, cache, input_ids)

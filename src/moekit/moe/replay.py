@@ -28,7 +28,7 @@ from moekit.errors import ConfigError, FormatError
 from moekit.files import file_errors, write_atomic
 from moekit.moe.types import Choice
 
-__all__ = ["Decision", "RoutingRecord", "decided", "next_decision"]
+__all__ = ["Decision", "RoutingRecord", "decided", "is_bound", "next_decision"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -202,6 +202,11 @@ def decided(past: Decision | None, decide: Callable[[], Decision]) -> Decision:
 
 
 Appends = tuple[Callable[[Decision], None], ...]
+
+
+def is_bound() -> bool:
+    """Whether this thread's decisions are being recorded or repeated."""
+    return bool(_appends()) or _queue() is not None
 
 
 def _appends() -> Appends:

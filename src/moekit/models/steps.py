@@ -1,0 +1,319 @@
+"""When a pass of `Decoder` is one new token, and how it goes through the blocks in native steps.
+
+This is the one place that chooses between the steps (kernels/steps.py) and the modules, for the attention and for the
+MLP of each block. A step stands for modules that are exactly those it was made from, so it is taken only while
+nothing was replaced and nobody listens: forward hooks, as of a monitor, fire in the modules alone.
+Shapes: B batch, L length, D hidden, h key–value heads, d head dimension, S positions, E experts, A assignments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from moekit.config import ModelConfig
+from moekit.kernels import select
+from moekit.kernels.steps import (
+    CACHE_DTYPES,
+    AttentionStep,
+    ExpertWeights,
+    MLPStep,
+    MLPWeights,
+    TopKGate,
+    Weights,
+    can_multiply,
+)
+from moekit.models.attention import Attention, AttentionInput
+from moekit.models.blocks import DenseMLP, RMSNorm, rotary_angles
+from moekit.models.cache import KVCache
+from moekit.moe import GroupedMLP, GroupedSwiGLU, Linear, MoE, Routing, SharedExperts, TopKRouter
+from moekit.moe.dispatch import LocalDispatcher
+from moekit.moe.replay import is_bound
+from moekit.moe.router import Router
+
+__all__ = ["DecoderSteps", "obstacle"]
+
+StepT = TypeVar("StepT", AttentionStep, MLPStep)
+_ANGLES = 256  # positions whose angles are computed at once
+
+
+def obstacle(input_ids: Tensor, cache: KVCache | None, dtype: torch.dtype) -> str | None:
+    """Why this pass goes through the modules, or None where the steps may take it."""
+    if torch.compiler.is_compiling():
+        return "torch.compile traces the modules"
+    if input_ids.shape != (1, 1) or cache is None or cache.batch != 1:
+        return "it is not one new token after a cache"
+    if cache.dtype not in CACHE_DTYPES:
+        return f"the cache holds {cache.dtype}"
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return "a gradient is wanted, or autocast is on"
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return "every module has hooks"
+    return select.step_obstacle(input_ids.device, dtype)
+
+
+class DecoderSteps:
+    """The steps of one decoder's blocks, made when first needed. A copy of the decoder makes its own."""
+
+    def __init__(self) -> None:
+        self._blocks: list[tuple[_Kept[AttentionStep], _Kept[MLPStep]]] = []
+        self._angles: tuple[Any, Tensor] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecoderSteps:
+        return DecoderSteps()
+
+    def __reduce__(self) -> tuple[type[DecoderSteps], tuple[()]]:
+        return DecoderSteps, ()
+
+    def explain(self, layers: Iterable[nn.Module], dtype: torch.dtype) -> str:
+        """How many blocks decode in native steps."""
+        if reason := select.step_obstacle(torch.device("cpu"), dtype):
+            return f"decode: modules ({reason})"
+        blocks = self._of(layers)
+        found = [[kept.get(dtype) is not None for kept in block] for block in blocks]
+        attention, mlp = (sum(part) for part in zip(*found, strict=True))
+        return f"decode: native steps for the attention of {attention} and the MLP of {mlp} of {len(blocks)} blocks"
+
+    def run(
+        self,
+        layers: Iterable[Any],
+        x_BLD: Tensor,
+        inputs: Callable[[], AttentionInput],
+        cache: KVCache,
+        config: ModelConfig,
+    ) -> tuple[Tensor, tuple[Routing, ...]]:
+        """One token (1, 1, D) through all blocks; `inputs` makes what a block's own forward takes beside x."""
+        token, routings = _Token(x_BLD, cache, inputs), []
+        angles_2h = self._angles_at(cache.length, config, x_BLD.dtype)
+        for block, (attention, mlp) in zip(layers, self._of(layers), strict=True):
+            token.attend(block, attention.get(x_BLD.dtype), angles_2h)
+            routing = token.think(block, mlp.get(x_BLD.dtype))
+            if routing is not None:
+                routings.append(routing)
+        return token.as_module_takes_it(), tuple(routings)
+
+    def _of(self, layers: Iterable[Any]) -> list[tuple[_Kept[AttentionStep], _Kept[MLPStep]]]:
+        blocks = list(layers)
+        if [id(kept.block) for kept, _ in self._blocks] != list(map(id, blocks)):
+            self._blocks = [(_Kept(block, _attention_step, "attn"), _Kept(block, _mlp_step, "mlp")) for block in blocks]
+        return self._blocks
+
+    def _angles_at(self, position: int, config: ModelConfig, dtype: torch.dtype) -> Tensor:
+        """(2, d/2) float32: cosines and sines, rounded as the modules round them."""
+        first = position - position % _ANGLES
+        if self._angles is None or self._angles[0] != (first, config, dtype):
+            factors = rotary_angles(torch.arange(first, first + _ANGLES)[None], config)
+            halves = [factor[0, 0, :, : config.head_dim // 2].to(dtype).float() for factor in factors]
+            self._angles = (first, config, dtype), torch.stack(halves, dim=1).contiguous()
+        return self._angles[1][position - first]
+
+
+class _Token:
+    """The hidden state of one token on its way through the blocks: float32, rounded to the model's dtype."""
+
+    def __init__(self, x_BLD: Tensor, cache: KVCache, inputs: Callable[[], AttentionInput]) -> None:
+        self._shape, self._dtype = x_BLD.shape, x_BLD.dtype
+        self._x_D = x_BLD.to(torch.float32, copy=True).flatten()
+        self._cache, self._inputs = cache, inputs
+
+    def as_module_takes_it(self) -> Tensor:
+        """(1, 1, D) in the model's dtype."""
+        return self._x_D.to(self._dtype).view(self._shape)
+
+    def attend(self, block: Any, step: AttentionStep | None, angles_2h: Tensor) -> None:
+        """The attention of a block, in its step if it has one."""
+        if step is not None:
+            step(self._x_D, angles_2h, self._cache.room(block.attn.layer, 1), self._cache.length)
+            return
+        x_BLD = self.as_module_takes_it()
+        self._take(x_BLD + block.attn(block.attn_norm(x_BLD), self._inputs()))
+
+    def think(self, block: Any, step: MLPStep | None) -> Routing | None:
+        """The MLP of a block. A router that the step does not know runs as a module, and so does one whose decisions
+        are being recorded or repeated."""
+        if step is None:
+            return self._think_in_modules(block)
+        if not isinstance(block.mlp, MoE):
+            step(self._x_D)
+            return None
+        if step.gate is not None and not is_bound():
+            logits_TE, ids_A, weights_A = step.route(self._x_D)
+            return Routing(_zeros(len(ids_A)), ids_A, weights_A, logits_TE, len(ids_A))
+        h_TD = block.mlp_norm(self.as_module_takes_it())[0]
+        routing: Routing = block.mlp.router(h_TD, None, self._inputs().ids_BL[0])
+        step.routed(self._x_D, routing.expert_ids_A, routing.weights_A)
+        return routing
+
+    def _think_in_modules(self, block: Any) -> Routing | None:
+        x_BLD, routing = self.as_module_takes_it(), None
+        y_BLD = block.mlp_norm(x_BLD)
+        if isinstance(block.mlp, MoE):
+            y_BLD, routing = block.mlp(y_BLD, None, self._inputs().ids_BL)
+        else:
+            y_BLD = block.mlp(y_BLD)
+        self._take(x_BLD + y_BLD)
+        return routing
+
+    def _take(self, x_BLD: Tensor) -> None:
+        self._x_D = x_BLD.float().flatten()
+
+
+class _Kept(Generic[StepT]):
+    """A step, as long as the modules of a block that it stands for are what they were when it was made."""
+
+    def __init__(self, block: Any, make: Callable[[Any, torch.dtype], StepT], part: str) -> None:
+        self.block = block
+        self._make: Callable[[Any, torch.dtype], StepT] = make
+        self._part = part
+        self._made_for: torch.dtype | None = None
+        self._step: StepT | None = None
+        self._places: tuple[list[dict[str, Any]], list[str]] = [], []
+        self._hooks: list[Any] = []
+        self._there: list[int] = []
+        self._addresses: list[int] = []
+
+    def get(self, dtype: torch.dtype) -> StepT | None:
+        """The step for hidden states of this dtype; None where the modules must run."""
+        step = self._step
+        moved = step is not None and step.addresses() != self._addresses
+        if moved or self._made_for != dtype or self._present() != self._there:
+            step = self._remake(dtype)
+        return None if any(self._hooks) else step
+
+    def _present(self) -> list[int]:
+        """The identities of everything that is kept in the modules now."""
+        return list(map(id, map(dict.get, *self._places)))
+
+    def _remake(self, dtype: torch.dtype) -> StepT | None:
+        norm: nn.Module = getattr(self.block, f"{self._part}_norm")
+        part: nn.Module = getattr(self.block, self._part)
+        modules = [self.block, *norm.modules(), *part.modules()]
+        places = [(kept, name) for module in modules[1:] for kept in _kept_by(module) for name in kept]
+        places += [(self.block._modules, f"{self._part}_norm"), (self.block._modules, self._part)]
+        places += [(module.__dict__, name) for module in modules for name in ("forward", "training")]
+        self._places = [kept for kept, _ in places], [name for _, name in places]
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._there, self._made_for = self._present(), dtype
+        try:
+            self._step = (
+                None if any("forward" in module.__dict__ for module in modules) else self._make(self.block, dtype)
+            )
+        except _NoStepError:
+            self._step = None
+        self._addresses = [] if self._step is None else self._step.addresses()
+        return self._step
+
+
+def _kept_by(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._modules, module._parameters, module._buffers
+
+
+def _attention_step(block: Any, dtype: torch.dtype) -> AttentionStep:
+    attn = _exactly(block.attn, Attention)
+    norms = [block.attn_norm] + ([] if type(attn.q_norm) is nn.Identity else [attn.q_norm, attn.k_norm])
+    weights = [_norm(each, block.attn_norm.eps) for each in norms]
+    q, k, v, o = (_linear(each, dtype) for each in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj))
+    return AttentionStep(
+        norm=weights[0],
+        eps=block.attn_norm.eps,
+        q=q,
+        k=k,
+        v=v,
+        o=o,
+        head_norms=(weights[1], weights[2]) if weights[1:] else None,
+        head_dim=attn.head_dim,
+        dtype=dtype,
+    )
+
+
+def _mlp_step(block: Any, dtype: torch.dtype) -> MLPStep:
+    norm, mlp = _norm(block.mlp_norm, block.mlp_norm.eps), block.mlp
+    if type(mlp) is DenseMLP:
+        dense = MLPWeights(*(_linear(each, dtype) for each in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
+        return MLPStep(norm=norm, eps=block.mlp_norm.eps, shared=dense, activation="silu", dtype=dtype)
+    _exactly(mlp, MoE)
+    _exactly(mlp.dispatcher, LocalDispatcher)
+    shared = None if mlp.shared is None else _shared(_exactly(mlp.shared, SharedExperts), dtype)
+    gate = None if shared is None else mlp.shared.gate
+    return MLPStep(
+        norm=norm,
+        eps=block.mlp_norm.eps,
+        gate=_gate(mlp.router),
+        experts=_experts(mlp.experts, dtype),
+        shared=shared,
+        shared_gate=None if gate is None else _linear(gate, dtype).weight,
+        activation=mlp.experts.activation,
+        dtype=dtype,
+    )
+
+
+def _experts(experts: Any, dtype: torch.dtype) -> ExpertWeights:
+    _exactly(experts, GroupedMLP, GroupedSwiGLU)
+    in_bias, down_bias = (
+        each if each is None else _plain(each, dtype) for each in (experts.in_bias, experts.down_bias)
+    )
+    return ExpertWeights(_plain(experts.in_proj, dtype), _plain(experts.down_proj, dtype), in_bias, down_bias)
+
+
+def _shared(shared: SharedExperts, dtype: torch.dtype) -> MLPWeights:
+    up, down = _linear(shared.up_proj, dtype), _linear(shared.down_proj, dtype)
+    return (
+        MLPWeights(up, None, down)
+        if shared.gate_proj is None
+        else MLPWeights(_linear(shared.gate_proj, dtype), up, down)
+    )
+
+
+def _gate(router: Router) -> TopKGate | None:
+    """None for a router that the step does not know."""
+    config = router.config
+    noisy = router.training and router._is_noisy()
+    if type(router) is not TopKRouter or router.options.groups is not None or config.capacity is not None or noisy:
+        return None
+    return TopKGate(
+        weight=_plain(router.weight, None),
+        top_k=config.top_k,
+        softmax_first=config.gate_order == "softmax_topk",
+        normalise=config.norm_topk_prob,
+        scale=config.routed_scaling_factor,
+    )
+
+
+def _linear(module: Any, dtype: torch.dtype) -> Weights:
+    _exactly(module, Linear, nn.Linear)
+    return Weights(_plain(module.weight, dtype), None if module.bias is None else _plain(module.bias, dtype))
+
+
+def _norm(module: Any, eps: float) -> Tensor:
+    if _exactly(module, RMSNorm).eps != eps:
+        raise _NoStepError("its norms differ in eps")
+    return _plain(module.weight, None)
+
+
+def _plain(weight: Any, dtype: torch.dtype | None) -> Tensor:
+    """A tensor that the kernels read as it is, of this dtype or of any that they know."""
+    if not can_multiply(weight) or (dtype is not None and weight.dtype != dtype):
+        raise _NoStepError(f"a {tuple(weight.shape)} tensor is not a contiguous one of the model's dtype in memory")
+    tensor: Tensor = weight
+    return tensor
+
+
+def _exactly(module: Any, *kinds: type) -> Any:
+    """The module, if it is one of these and of no other class that computes something else."""
+    if type(module) not in kinds:
+        raise _NoStepError(f"{type(module).__name__} has no step")
+    return module
+
+
+class _NoStepError(Exception):
+    """Why the modules must run."""
+
+
+@cache
+def _zeros(count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int64)
