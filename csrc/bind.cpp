@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "decode.h"
+#include "mlp.h"
 #include "ops.h"
 #include "quant_ops.h"
 
@@ -98,6 +99,35 @@ void bind_decode(nb::module_& m) {
   nb::class_<Sparse>(m, "Sparse").def("__init__", describe_sparse).def("run", run_mlp, Free());
 }
 
+// x, token ids, expert ids, weights, in_proj, its bias, down_proj, its bias; 0 for what there is not.
+using Addresses = std::vector<Address>;
+
+MlpInputs inputs(const Addresses& from) {
+  return {pointer(from[0]),         pointer<const i64>(from[1]), pointer<const i64>(from[2]),
+          pointer<const float>(from[3]), pointer(from[4]),       pointer(from[5]),
+          pointer(from[6]),         pointer(from[7])};
+}
+
+Mlp size(const std::vector<i64>& of, bool gated, int activation, int dtype, int out_dtype, int threads) {
+  return {of[0], of[1], of[2], of[3], {of[4], gated, activation}, dtype, out_dtype, threads};
+}
+
+void mlp(const Addresses& in, Address out, Address pre, const std::vector<i64>& sizes, bool gated, int activation,
+         int dtype, int out_dtype, int threads) {
+  nb::gil_scoped_release free;
+  moe_mlp(inputs(in), pointer(out), pointer(pre), size(sizes, gated, activation, dtype, out_dtype, threads));
+}
+
+// The gradients in the order x, weights, in_proj, its bias, down_proj, its bias.
+void mlp_backward(const Addresses& in, Address grad, Address pre, const Addresses& out, const std::vector<i64>& sizes,
+                  bool gated, int activation, int dtype, int out_dtype, int threads) {
+  nb::gil_scoped_release free;
+  moe_mlp_backward(inputs(in), pointer(grad), pointer(pre),
+                   {pointer(out[0]), pointer<float>(out[1]), pointer(out[2]), pointer(out[3]), pointer(out[4]),
+                    pointer(out[5])},
+                   size(sizes, gated, activation, dtype, out_dtype, threads));
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -109,6 +139,8 @@ NB_MODULE(_native, m) {
   m.def("quant_grouped_mm", quant_product, Free());
   m.def("quant_moe", quant_layer, Free());
   bind_decode(m);
+  m.def("moe_mlp", mlp);
+  m.def("moe_mlp_backward", mlp_backward);
   m.def("available_isas", available_isas);
   m.def("isa", [] { return std::string(isa().name); });
   m.def("use_isa", use_isa);

@@ -7,7 +7,7 @@ namespace moekit {
 namespace {
 
 std::vector<Isa> find_isas() {
-  std::vector<Isa> found{{"portable", &tiles_portable, &quant_portable}};
+  std::vector<Isa> found{{"portable", &tiles_portable, &quant_portable, panels_portable}};
 #if defined(__x86_64__)
   __builtin_cpu_init();
   [[maybe_unused]] const bool avx2 =
@@ -15,19 +15,19 @@ std::vector<Isa> find_isas() {
   [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 #if defined(MOEKIT_HAS_avx2)
-  if (avx2) found.push_back({"avx2", &tiles_avx2, &quant_avx2});
+  if (avx2) found.push_back({"avx2", &tiles_avx2, &quant_avx2, panels_avx2});
 #if defined(MOEKIT_HAS_avx2_vnni)
-  if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back({"avx2_vnni", &tiles_avx2, &quant_avx2_vnni});
+  if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back({"avx2_vnni", &tiles_avx2, &quant_avx2_vnni, panels_avx2});
 #endif
 #endif
 #if defined(MOEKIT_HAS_avx512)
-  if (avx512) found.push_back({"avx512", &tiles_avx512, &quant_avx512});
+  if (avx512) found.push_back({"avx512", &tiles_avx512, &quant_avx512, panels_avx512});
 #if defined(MOEKIT_HAS_avx512_vnni)
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
-  if (vnni) found.push_back({"avx512_vnni", &tiles_avx512, &quant_avx512_vnni});
+  if (vnni) found.push_back({"avx512_vnni", &tiles_avx512, &quant_avx512_vnni, panels_avx512});
 #if defined(MOEKIT_HAS_avx512_bf16)  // every CPU that has BF16 has VNNI
   if (vnni && __builtin_cpu_supports("avx512bf16"))
-    found.push_back({"avx512_bf16", &tiles_avx512_bf16, &quant_avx512_vnni});
+    found.push_back({"avx512_bf16", &tiles_avx512_bf16, &quant_avx512_vnni, panels_avx512_bf16});
 #endif
 #endif
 #endif

@@ -53,19 +53,66 @@ inline constexpr size_t kScratchBytes = 4 * (kGemmRows * kGemmCols + kGemmRows *
 
 extern const Tiles tiles_portable, tiles_avx2, tiles_avx512, tiles_avx512_bf16;
 
+enum Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
+
+// What the inner rows of an expert's MLP are: `inner` numbers, of act(gate) · up with `gated`, else of act(up).
+struct Inner {
+  i64 inner;
+  bool gated;
+  int activation;
+  i64 width() const { return gated ? 2 * inner : inner; }
+};
+
+// Products over packed panels (panels.h), and what follows each one while its result is in cache (panel_rows.h).
+// "Elements" are of the layer's type; "rows" are the operands of products, `step` numbers of `row_bytes` a word, and
+// begin at a word; c is rows × `columns` in fp32.
+struct Panels {
+  i64 columns, step, row_bytes;
+  void (*pack_columns)(const void* first, const void* second, i64 ldb, i64 cols, i64 k, void* panel);
+  void (*pack_elements)(const void* b, i64 ldb, const i64* index, i64 first, i64 cols, i64 k, void* panel);
+  void (*pack_rows)(const void* b, i64 ldb, const i64* index, i64 first, i64 cols, i64 k, void* panel);
+  void (*multiply)(const void* const* a, i64 step, const void* panel, i64 rows, i64 words, float* c, bool add);
+  // n numbers of `dtype` to a row.
+  void (*to_row)(const void* from, int dtype, i64 n, void* row);
+  // (words of k) × m: columns first to first + m of k rows, as words of neighbours in depth.
+  void (*turn)(const void* rows, i64 ld, const i64* index, i64 first, i64 m, i64 k, void* words);
+  // Bias, activation: c to `hidden` rows and, unless null, to pre-activations in elements.
+  void (*activate)(const float* c, i64 rows, i64 first, i64 cols, const void* bias_G, void* pre, void* hidden,
+                   i64 hidden_ld, const Inner& inner);
+  // c is the gradient of the hidden rows before their weights: grad_pre = its share with them, weighted_hidden, and
+  // grad_weight += Σ c · hidden; each may be null.
+  void (*activate_backward)(const float* c, i64 rows, i64 first, i64 cols, const void* pre, const float* weights,
+                            void* grad_pre, i64 grad_ld, void* weighted_hidden, i64 hidden_ld, float* grad_weight,
+                            i64 grad_weight_ld, const Inner& inner);
+  // acc[place[r] - from] += weights[r] · (c[r] + bias); weights and bias may be null.
+  void (*add_to_tokens)(const float* c, i64 rows, const i64* place, i64 from, const float* weights, const void* bias,
+                        i64 cols, float* acc);
+  void (*store)(const float* c, i64 rows, i64 cols, void* out, i64 ld, int dtype);
+  // out[j] = Σ_r weights[r] · row r [j] in elements; weights may be null.
+  void (*sum_rows)(const void* rows, i64 ld, const i64* index, i64 n, const float* weights, i64 first, i64 cols,
+                   void* out);
+  // Σ_j row[j] · element[j]
+  float (*dot)(const void* row, const void* elements, i64 n);
+};
+
+extern const Panels panels_portable[2], panels_avx2[2], panels_avx512[2], panels_avx512_bf16[2];  // by DType
+extern const Panels pairs_avx512_bf16;
+
 struct QuantTiles;  // matrix.h
 extern const QuantTiles quant_portable, quant_avx2, quant_avx2_vnni, quant_avx512, quant_avx512_vnni;
 
-// Both tables that an instruction set uses: some differ from another in one of them only.
+// The tables that an instruction set uses: some differ from another in one of them only.
 struct Isa {
   const char* name;
   const Tiles* tiles;
   const QuantTiles* quant;
+  const Panels* panels;  // by DType
 };
 
 std::vector<std::string> available_isas();  // slowest first
 const Isa& isa();                           // the one in use: the fastest unless told otherwise
 inline const Tiles& tiles() { return *isa().tiles; }
+inline const Panels& panels(int dtype) { return isa().panels[dtype]; }
 void use_isa(const std::string& name);      // throws std::invalid_argument for one that is not available
 
 }  // namespace moekit

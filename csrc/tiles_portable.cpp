@@ -1,3 +1,5 @@
+#include "panel_rows.h"
 #include "tiles.h"
 
 MOEKIT_TILES(portable)
+MOEKIT_PANELS(portable)

@@ -16,6 +16,7 @@ from moekit.config import CapacityConfig
 from moekit.errors import ConfigError
 from moekit.moe import Choice, MoE, Routing
 from moekit.moe.capacity import limit, rank_in_group
+from tolerances import near
 
 # How much room
 
@@ -263,7 +264,8 @@ def test_room_for_all_changes_nothing_at_all():
         capacity = CapacityConfig(factor=4.0, pad=padded)
         roomy = MoE(MoEConfig(hidden_size=6, intermediate_size=3, num_experts=4, top_k=2, capacity=capacity))
         y, routing = roomy(x)
-        assert torch.equal(y, free(x)[0])
+        # Padded rows are multiplied by the grouped products, those without padding in the fused op.
+        assert torch.equal(y, free(x)[0]) if not padded else torch.allclose(y, free(x)[0], **near("fp32 twin"))
         assert routing.top_k == 2
         assert routing.dropped == 0
 

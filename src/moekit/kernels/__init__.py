@@ -2,8 +2,9 @@
 
 from moekit.kernels.autograd import grouped_mm, grouped_mm_transposed, grouped_outer, moe_decode
 from moekit.kernels.linear import linear
+from moekit.kernels.mlp import moe_mlp
 from moekit.kernels.reference import activate
-from moekit.kernels.select import MOE_DECODE_MAX_TOKENS, explain, fast_bf16, forced
+from moekit.kernels.select import MOE_DECODE_MAX_TOKENS, explain, fast_bf16, forced, fuses_mlp
 
 __all__ = [
     "MOE_DECODE_MAX_TOKENS",
@@ -11,9 +12,11 @@ __all__ = [
     "explain",
     "fast_bf16",
     "forced",
+    "fuses_mlp",
     "grouped_mm",
     "grouped_mm_transposed",
     "grouped_outer",
     "linear",
     "moe_decode",
+    "moe_mlp",
 ]

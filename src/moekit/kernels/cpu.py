@@ -8,7 +8,7 @@ Numbers do not depend on the number of threads, which is `torch.get_num_threads(
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -30,6 +30,8 @@ __all__ = [
     "isa",
     "linear_row",
     "moe_decode",
+    "moe_mlp",
+    "moe_mlp_backward",
     "native",
     "num_threads",
     "unavailable",
@@ -150,6 +152,83 @@ def linear_row(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     return out
 
 
+def moe_mlp(
+    x_TD: Tensor,
+    token_ids_A: Tensor,
+    expert_ids_A: Tensor,
+    weights_A: Tensor,
+    in_proj_EGD: Tensor,
+    in_bias_EG: Tensor | None,
+    down_proj_EDF: Tensor,
+    down_bias_ED: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.moe_mlp`; fp32 or bf16 on the CPU. Sums, and hidden rows, are fp32.
+
+    Returns:
+        The result, and with `save` what `moe_mlp_backward` needs: the pre-activations (A, G), sorted by expert.
+    """
+    inputs = [x_TD, token_ids_A, expert_ids_A, weights_A.float(), in_proj_EGD, in_bias_EG, down_proj_EDF, down_bias_ED]
+    held = [None if each is None else each.contiguous() for each in inputs]  # alive until the call is over
+    out_TD = torch.empty(x_TD.shape, dtype=out_dtype)
+    pre_AG = x_TD.new_empty(expert_ids_A.shape[0] if save else 0, in_proj_EGD.shape[1])
+    addresses = (_addresses(held), out_TD.data_ptr(), pre_AG.data_ptr() if save else 0)
+    _call_mlp("moe_mlp", addresses, x_TD, expert_ids_A, in_proj_EGD, down_proj_EDF, activation, out_dtype)
+    return out_TD, pre_AG
+
+
+def moe_mlp_backward(
+    grad_TD: Tensor,
+    pre_AG: Tensor,
+    x_TD: Tensor,
+    token_ids_A: Tensor,
+    expert_ids_A: Tensor,
+    weights_A: Tensor,
+    in_proj_EGD: Tensor,
+    in_bias_EG: Tensor | None,
+    down_proj_EDF: Tensor,
+    down_bias_ED: Tensor | None,
+    activation: str,
+    needed: list[bool],
+) -> list[Tensor]:
+    """The gradients of x, the weights, in_proj, its bias, down_proj and its bias, each where `needed`, else empty."""
+    inputs = [x_TD, token_ids_A, expert_ids_A, weights_A.float(), in_proj_EGD, in_bias_EG, down_proj_EDF, down_bias_ED]
+    held = [None if each is None else each.contiguous() for each in inputs]
+    grad_TD = grad_TD.contiguous()
+    wanted = [held[index] for index in (0, 3, 4, 5, 6, 7)]
+    grads = [
+        torch.empty_like(each) if need and each is not None else x_TD.new_empty(0)
+        for each, need in zip(wanted, needed, strict=True)
+    ]
+    out = _addresses([grad if need else None for grad, need in zip(grads, needed, strict=True)])
+    addresses = (_addresses(held), grad_TD.data_ptr(), pre_AG.contiguous().data_ptr(), out)
+    _call_mlp("moe_mlp_backward", addresses, x_TD, expert_ids_A, in_proj_EGD, down_proj_EDF, activation, grad_TD.dtype)
+    return grads
+
+
+def _addresses(tensors: list[Tensor | None]) -> list[int]:
+    return [0 if each is None else each.data_ptr() for each in tensors]
+
+
+def _call_mlp(
+    op: str,
+    addresses: tuple[Any, ...],
+    x_TD: Tensor,
+    expert_ids_A: Tensor,
+    in_proj_EGD: Tensor,
+    down_proj_EDF: Tensor,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> None:
+    experts, hidden, inner = down_proj_EDF.shape
+    sizes = [x_TD.shape[0], expert_ids_A.shape[0], experts, hidden, inner]
+    gated = in_proj_EGD.shape[1] == 2 * inner
+    kinds = (gated, ACTIVATIONS.index(activation), DTYPES[x_TD.dtype], DTYPES[out_dtype])
+    _raising(op, getattr(native(), op), *addresses, sizes, *kinds, num_threads())
+
+
 def _run(op: str, left: Tensor, right: Tensor, counts_E: Tensor, out: Tensor, size: tuple[int, ...]) -> None:
     _call(op, [left.contiguous(), right.contiguous(), counts_E.contiguous(), out], size)
 
@@ -161,7 +240,11 @@ def _call(op: str, tensors: list[Tensor], sizes: tuple[int, ...]) -> None:
 def call(op: str, tensors: list[Tensor], sizes: tuple[int, ...]) -> None:
     """One native op on the addresses of contiguous tensors, then numbers, then the threads; its complaints are
     ConfigErrors."""
+    _raising(op, getattr(native(), op), *[each.data_ptr() for each in tensors], *sizes, num_threads())
+
+
+def _raising(op: str, run: Callable[..., None], *args: Any) -> None:
     try:
-        getattr(native(), op)(*[each.data_ptr() for each in tensors], *sizes, num_threads())
+        run(*args)
     except ValueError as error:
         raise ConfigError(f"{op}: {error}") from None

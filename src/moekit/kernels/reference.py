@@ -15,7 +15,16 @@ from torch.nn import functional as F
 
 from moekit.errors import ConfigError
 
-__all__ = ["ACTIVATIONS", "activate", "grouped_mm", "grouped_mm_transposed", "grouped_outer", "groups", "moe_decode"]
+__all__ = [
+    "ACTIVATIONS",
+    "activate",
+    "grouped_mm",
+    "grouped_mm_transposed",
+    "grouped_outer",
+    "groups",
+    "moe_decode",
+    "moe_mlp",
+]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
@@ -88,6 +97,43 @@ def moe_decode(
                 hidden_F = activate(hidden_G, activation)
             out_TD[token] += weights_TK[token, slot].to(wide) * (down_proj_EDF[expert] @ hidden_F).to(wide)
     return out_TD.to(x_TD.dtype)
+
+
+def moe_mlp(
+    x_TD: Tensor,
+    token_ids_A: Tensor,
+    expert_ids_A: Tensor,
+    weights_A: Tensor,
+    in_proj_EGD: Tensor,
+    in_bias_EG: Tensor | None,
+    down_proj_EDF: Tensor,
+    down_bias_ED: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Dispatch, experts and combine for any routing: y_t = Σ weight_a · E_e(a)(x_t) over the token's assignments.
+
+    E(x) = down · (act(gate) ⊙ up) + its bias, where in_proj · x + its bias is gate, then up (G = 2F), or up alone
+    without ⊙ (G = F). An expert id of E is nobody's and adds nothing. Summed in fp32 (fp64 for fp64).
+    """
+    experts, _, inner = down_proj_EDF.shape
+    ids = expert_ids_A.tolist()
+    if ids and not 0 <= min(ids) <= max(ids) <= experts:
+        raise ConfigError(f"moe_mlp: expert ids go from {min(ids)} to {max(ids)}, not from 0 to at most {experts}")
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    out_TD = x_TD.new_zeros(x_TD.shape, dtype=wide)
+    for expert in range(experts):
+        here_N = (expert_ids_A == expert).nonzero().flatten()
+        tokens_N = token_ids_A[here_N]
+        hidden_NG = F.linear(x_TD[tokens_N], in_proj_EGD[expert], None if in_bias_EG is None else in_bias_EG[expert])
+        if in_proj_EGD.shape[1] == 2 * inner:
+            gate_NF, up_NF = hidden_NG.chunk(2, dim=-1)
+            hidden_NF = activate(gate_NF, activation) * up_NF
+        else:
+            hidden_NF = activate(hidden_NG, activation)
+        rows_ND = F.linear(hidden_NF, down_proj_EDF[expert], None if down_bias_ED is None else down_bias_ED[expert])
+        out_TD = out_TD.index_add(0, tokens_N, rows_ND.to(wide) * weights_A[here_N].to(wide).unsqueeze(-1))
+    return out_TD.to(out_dtype)
 
 
 def groups(counts_E: Tensor, rows: int) -> list[tuple[int, int, int]]:

@@ -31,12 +31,13 @@ __all__ = [
     "explain",
     "fast_bf16",
     "forced",
+    "fuses_mlp",
     "run",
     "step_obstacle",
 ]
 
 BACKENDS: dict[str, Any] = {"reference": reference, "blas": blas, "cpu": cpu}
-OPS = ("grouped_mm", "grouped_mm_transposed", "grouped_outer", "moe_decode")
+OPS = ("grouped_mm", "grouped_mm_transposed", "grouped_outer", "moe_decode", "moe_mlp")
 
 # Up to how many rows an expert, on average, the native op beats one BLAS call an expert.
 # Measured with 16 experts of 1024×1024 on 2 cores of a Xeon with AMX, in ms, native : BLAS (fp32 | bf16):
@@ -137,16 +138,23 @@ def fast_bf16(device: torch.device) -> bool:
     return any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def fuses_mlp(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `moe_mlp` is one native call here. If not, sorting and grouped ops do the same in steps, on whatever
+    backend is chosen or forced for each."""
+    return _forced in (None, "cpu") and _decide("moe_mlp", device, dtype, 1, 1)[0] == "cpu"
+
+
 def explain() -> Explanation:
     """Which backend runs each op on this machine, for few and for many rows an expert, and why.
 
     >>> sorted({choice.op for choice in explain()})
-    ['decode step', 'grouped_mm', 'grouped_mm_transposed', 'grouped_outer', 'moe_decode']
+    ['decode step', 'grouped_mm', 'grouped_mm_transposed', 'grouped_outer', 'moe_decode', 'moe_mlp']
     """
     choices = Explanation()
     for op in OPS:
         for dtype in (torch.float32, torch.bfloat16):
-            for rows in (1,) if op == "moe_decode" else (1, 256):
+            for rows in (1, 256) if op.startswith("grouped") else (1,):
                 backend, reason = _decide(op, torch.device("cpu"), dtype, rows, 1)
                 choices.append(Choice(op, str(dtype).removeprefix("torch."), rows, backend, reason))
     for dtype in (torch.float32, torch.bfloat16):
@@ -169,11 +177,19 @@ def _decide(op: str, device: torch.device, dtype: torch.dtype, rows: int, expert
     if reason is None:
         if op == "moe_decode":
             return "cpu", "each weight is read once, in one call"
+        if op == "moe_mlp":
+            return _mlp_choice(dtype)
         limit = _few_rows(op, dtype)
         if rows <= limit * experts:
             return "cpu", f"up to {limit} rows an expert the native kernel is faster"
         reason = f"beyond {limit} rows an expert PyTorch's matrix product is faster"
     return ("reference" if obstacles["blas"] else "blas"), reason
+
+
+def _mlp_choice(dtype: torch.dtype) -> tuple[str, str]:
+    if dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16"):
+        return "reference", "PyTorch multiplies with AMX: the layer sorts and calls the grouped ops"
+    return "cpu", "gathers, activations and sums happen inside the products"
 
 
 def _native_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -187,7 +203,7 @@ def _native_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _blas_obstacle(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why one BLAS call an expert cannot do it, or None."""
-    if op == "moe_decode":
+    if op in ("moe_decode", "moe_mlp"):
         return "it has no such op"
     if device.type != "cpu" or dtype not in blas.GRAIN:
         return "it is for float32 and bfloat16 on the CPU"

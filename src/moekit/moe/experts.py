@@ -29,6 +29,11 @@ class Experts(nn.Module):
         gradient; None where this kind, or this input, has no such way."""
         return None
 
+    def fused(self, x_TD: Tensor, routing: Routing) -> Tensor | None:
+        """The result of local dispatch, experts and combine in one differentiable op: (T, D) in x's dtype; None where
+        this kind, or this input, has no such way, or somebody listens to the call between them (a hook)."""
+        return None
+
 
 @EXPERTS.register("mlp")
 class GroupedMLP(Experts):
@@ -107,6 +112,28 @@ class GroupedMLP(Experts):
             and not torch.is_grad_enabled()
             and self._compute_dtype(x_TD) == self.down_proj.dtype
         )
+
+    def fused(self, x_TD: Tensor, routing: Routing) -> Tensor | None:
+        """See `Experts.fused`."""
+        dtype = self._compute_dtype(x_TD)
+        hooked = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        own = type(self) in (GroupedMLP, GroupedSwiGLU)  # a subclass may compute something else
+        if hooked or not own or routing.rows_per_expert is not None or not kernels.fuses_mlp(x_TD.device, dtype):
+            return None
+        in_bias, down_bias = self.in_bias, self.down_bias
+        y_TD = kernels.moe_mlp(
+            x_TD.to(dtype),
+            routing.token_ids_A,
+            routing.expert_ids_A,
+            routing.weights_A,
+            self.in_proj.to(dtype),
+            None if in_bias is None else in_bias.to(dtype),
+            self.down_proj.to(dtype),
+            None if down_bias is None else down_bias.to(dtype),
+            self.activation,
+            out_dtype=dtype if x_TD.dtype == dtype else torch.float32,
+        )
+        return y_TD.to(x_TD.dtype)
 
     def _act(self, hidden_RG: Tensor) -> Tensor:
         return kernels.activate(hidden_RG, self.activation)

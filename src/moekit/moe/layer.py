@@ -54,6 +54,8 @@ class MoE(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         routing: Routing = self.router(x_TD, _flat(mask), _flat(input_ids))
         y_TD = self.experts.decode(x_TD, routing)
+        if y_TD is None and type(self.dispatcher) is LocalDispatcher:
+            y_TD = self.experts.fused(x_TD, routing)
         if y_TD is None:
             rows_RD, plan = self.dispatcher.dispatch(x_TD, routing)
             rows_RD = self.experts(rows_RD, plan.counts_E)

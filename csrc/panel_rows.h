@@ -1,0 +1,236 @@
+// What happens to rows before and after a product of panels.h: conversion, activation and its gradient, weighted sums.
+#pragma once
+#include "activation.h"
+#include "panels.h"
+
+namespace moekit {
+namespace {
+
+inline VecF load_f32(const float* p, i64 n) { return n >= kLanes ? load_as<VecF>(p) : load_some<VecF>(p, n, 4); }
+inline VecF load_f32(const BF16* p, i64 n) {
+  return to_f32(n >= kLanes ? load_as<VecH>(p) : load_some<VecH>(p, n, 2));
+}
+template <class E>
+inline void store_f32(E* p, VecF v, i64 n) {
+  n >= kLanes ? store_some(p, v, kLanes) : store_some(p, v, n);
+}
+
+template <class From, class To>
+void convert(const From* from, i64 n, To* to) {
+  for (i64 i = 0; i < n; i += kLanes) store_f32(to + i, load_f32(from + i, n - i), n - i);
+}
+
+// The row ends with a whole word: what is past its last number must not be a NaN.
+template <class R>
+inline void end_row(R* row, i64 n, i64 ld) {
+  for (; n < ld; ++n) row[n] = 0;
+}
+
+template <class W>
+void to_row(const void* from, int dtype, i64 n, void* row) {
+  using R = typename Word<W>::Element;
+  constexpr int kStep = Word<W>::kStep;
+  if (dtype == kF32)
+    convert(static_cast<const float*>(from), n, static_cast<R*>(row));
+  else
+    convert(static_cast<const BF16*>(from), n, static_cast<R*>(row));
+  end_row(static_cast<R*>(row), n, (n + kStep - 1) / kStep * kStep);
+}
+
+template <class W>
+void turn(const void* rows, i64 ld, const i64* index, i64 first, i64 m, i64 k, void* words) {
+  using R = typename Word<W>::Element;
+  constexpr int kStep = Word<W>::kStep;
+  const R* base = static_cast<const R*>(rows) + first;
+  W* out = static_cast<W*>(words);
+  for (i64 at = 0; at < k; at += kStep, out += m) {
+    const i64 other = at + kStep - 1;
+    const R* row = base + (index ? index[at] : at) * ld;
+    const R* next = other < k ? base + (index ? index[other] : other) * ld : nullptr;
+    for (i64 i = 0; i < m; i += kLanes) {
+      const auto v = words_at(row + i, next ? next + i : nullptr, m - i, W{});
+      if (m - i >= kLanes)
+        __builtin_memcpy(out + i, &v, sizeof v);
+      else
+        __builtin_memcpy(out + i, &v, (m - i) * 4);
+    }
+  }
+}
+
+// ---- the inner rows --------------------------------------------------------------------------------------------
+
+template <class E, class R, int A, bool Gated>
+void activate_rows(const float* c, i64 rows, i64 first, i64 cols, const E* bias, E* pre, R* hidden, i64 hidden_ld,
+                   i64 inner) {
+  for (i64 row = 0; row < rows; ++row, c += kPanel, hidden += hidden_ld) {
+    for (i64 j = 0; j < cols; j += kLanes) {
+      const i64 n = cols - j;
+      VecF gate = load_as<VecF>(c + j), up = {};
+      if constexpr (Gated) up = load_as<VecF>(c + kPanel / 2 + j);
+      if (bias) {
+        gate += load_f32(bias + first + j, n);
+        if constexpr (Gated) up += load_f32(bias + inner + first + j, n);
+      }
+      if (pre) {
+        store_f32(pre + first + j, gate, n);
+        if constexpr (Gated) store_f32(pre + inner + first + j, up, n);
+      }
+      const VecF act = activation<A>(gate);
+      store_f32(hidden + first + j, Gated ? act * up : act, n);
+    }
+    if (first + cols == inner) end_row(hidden, inner, hidden_ld);
+    if (pre) pre += Gated ? 2 * inner : inner;
+  }
+}
+
+template <class E, class R, int A, bool Gated>
+void activate_rows_backward(const float* c, i64 rows, i64 first, i64 cols, const E* pre, const float* weights,
+                            R* grad_pre, i64 grad_ld, R* weighted, i64 hidden_ld, float* grad_weight,
+                            i64 grad_weight_ld, i64 inner) {
+  const i64 width = Gated ? 2 * inner : inner;
+  for (i64 row = 0; row < rows; ++row, c += kPanel, pre += width) {
+    VecF sum = {};
+    for (i64 j = 0; j < cols; j += kLanes) {
+      const i64 n = cols - j, at = first + j;
+      const VecF gate = load_f32(pre + at, n), grad = load_as<VecF>(c + j);
+      VecF up = VecF{} + 1.0f;
+      if constexpr (Gated) up = load_f32(pre + inner + at, n);
+      VecF slope;
+      const VecF act = activation<A>(gate, slope), hidden = act * up, own = grad * weights[row];
+      sum += grad * hidden;  // the columns past `cols` are zeros in c
+      if (grad_pre) {
+        store_f32(grad_pre + row * grad_ld + at, own * up * slope, n);
+        if constexpr (Gated) store_f32(grad_pre + row * grad_ld + inner + at, own * act, n);
+      }
+      if (weighted) store_f32(weighted + row * hidden_ld + at, hidden * weights[row], n);
+    }
+    if (grad_pre && first + cols == inner) end_row(grad_pre + row * grad_ld, width, grad_ld);
+    if (grad_weight) grad_weight[row * grad_weight_ld] = sum_lanes(sum);
+  }
+}
+
+// Call with the activation and whether there is a gate as constants.
+template <class Body>
+inline void with_inner(const Inner& inner, const Body& body) {
+  const auto gated = [&](auto activation) {
+    if (inner.gated)
+      body(activation, Constant<1>{});
+    else
+      body(activation, Constant<0>{});
+  };
+  switch (inner.activation) {
+    case kSilu:
+      return gated(Constant<kSilu>{});
+    case kGelu:
+      return gated(Constant<kGelu>{});
+    case kGeluTanh:
+      return gated(Constant<kGeluTanh>{});
+    default:
+      return gated(Constant<kRelu>{});
+  }
+}
+
+template <class E, class W>
+void activate(const float* c, i64 rows, i64 first, i64 cols, const void* bias, void* pre, void* hidden, i64 hidden_ld,
+              const Inner& inner) {
+  using R = typename Word<W>::Element;
+  with_inner(inner, [&](auto act, auto gated) {
+    activate_rows<E, R, act.value, gated.value>(c, rows, first, cols, static_cast<const E*>(bias),
+                                                static_cast<E*>(pre), static_cast<R*>(hidden), hidden_ld,
+                                                inner.inner);
+  });
+}
+
+template <class E, class W>
+void activate_backward(const float* c, i64 rows, i64 first, i64 cols, const void* pre, const float* weights,
+                       void* grad_pre, i64 grad_ld, void* weighted, i64 hidden_ld, float* grad_weight,
+                       i64 grad_weight_ld, const Inner& inner) {
+  using R = typename Word<W>::Element;
+  with_inner(inner, [&](auto act, auto gated) {
+    activate_rows_backward<E, R, act.value, gated.value>(
+        c, rows, first, cols, static_cast<const E*>(pre), weights, static_cast<R*>(grad_pre), grad_ld,
+        static_cast<R*>(weighted), hidden_ld, grad_weight, grad_weight_ld, inner.inner);
+  });
+}
+
+// ---- sums ------------------------------------------------------------------------------------------------------
+
+template <class E>
+void add_to_tokens(const float* c, i64 rows, const i64* place, i64 from, const float* weights, const void* bias,
+                   i64 cols, float* acc) {
+  const E* more = static_cast<const E*>(bias);
+  for (i64 row = 0; row < rows; ++row, c += kPanel) {
+    float* sum = acc + (place[row] - from) * kPanel;
+    for (i64 j = 0; j < cols; j += kLanes) {
+      VecF v = load_as<VecF>(c + j);
+      if (bias) v += load_f32(more + j, cols - j);
+      if (weights) v *= weights[row];
+      v += load_as<VecF>(sum + j);
+      __builtin_memcpy(sum + j, &v, sizeof v);
+    }
+  }
+}
+
+template <class To>
+void store_rows(const float* c, i64 rows, i64 cols, To* out, i64 ld) {
+  for (i64 row = 0; row < rows; ++row, c += kPanel, out += ld)
+    for (i64 j = 0; j < cols; j += kLanes) store_f32(out + j, load_as<VecF>(c + j), cols - j);
+}
+
+inline void store(const float* c, i64 rows, i64 cols, void* out, i64 ld, int dtype) {
+  if (dtype == kF32)
+    store_rows(c, rows, cols, static_cast<float*>(out), ld);
+  else
+    store_rows(c, rows, cols, static_cast<BF16*>(out), ld);
+}
+
+template <class E, class W>
+void sum_rows(const void* rows, i64 ld, const i64* index, i64 n, const float* weights, i64 first, i64 cols,
+              void* out) {
+  using R = typename Word<W>::Element;
+  const R* base = static_cast<const R*>(rows) + first;
+  for (i64 j = 0; j < cols; j += kLanes) {
+    VecF sum = {};
+    for (i64 r = 0; r < n; ++r) {
+      const VecF v = load_f32(base + (index ? index[r] : r) * ld + j, cols - j);
+      sum += weights ? v * weights[r] : v;
+    }
+    store_f32(static_cast<E*>(out) + j, sum, cols - j);
+  }
+}
+
+template <class E, class W>
+float dot_row(const void* row, const void* elements, i64 n) {
+  using R = typename Word<W>::Element;
+  VecF sum = {};
+  for (i64 i = 0; i < n; i += kLanes)
+    sum += load_f32(static_cast<const R*>(row) + i, n - i) * load_f32(static_cast<const E*>(elements) + i, n - i);
+  return sum_lanes(sum);
+}
+
+template <class E, class W>
+constexpr Panels panel_table() {
+  using R = typename Word<W>::Element;
+  return {kPanel,
+          Word<W>::kStep,
+          sizeof(R),
+          pack_columns<E, W>,
+          pack_rows<E, W>,
+          pack_rows<R, W>,
+          multiply<W>,
+          to_row<W>,
+          turn<W>,
+          activate<E, W>,
+          activate_backward<E, W>,
+          add_to_tokens<E>,
+          store,
+          sum_rows<E, W>,
+          dot_row<E, W>};
+}
+
+}  // namespace
+}  // namespace moekit
+
+#define MOEKIT_PANELS(NAME)                        \
+  const moekit::Panels moekit::panels_##NAME[2] = { \
+      moekit::panel_table<float, float>(), moekit::panel_table<moekit::BF16, float>()};

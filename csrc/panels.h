@@ -1,0 +1,191 @@
+// Matrix products C (rows × kPanel columns) = A · B in fp32, one packed panel of B at a time, written once over vec.h.
+//
+// A operand is made of 4-byte words: an fp32 number, or a pair of bf16 that are neighbours in depth. A panel holds
+// kPanel columns of B, word row after word row. A is never packed: its words are read one by one through a pointer
+// for each row, so that gathered rows cost nothing.
+#pragma once
+#include <utility>
+
+#include "isa.h"
+#include "vec.h"
+
+namespace moekit {
+namespace {
+
+// kMicroM × kMicroV accumulators, kMicroV vectors of B and one word of A fit the register file.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kMicroM = 6, kMicroV = 4;
+#else
+constexpr int kMicroM = 6, kMicroV = 2;
+#endif
+constexpr int kPanel = kMicroV * kLanes;
+constexpr i64 kWordsAPass = 128;  // so many word rows of a panel stay in L1 while the rows of A pass
+
+template <class W>
+struct Word;
+template <>
+struct Word<float> {
+  using Element = float;  // what a row of words is made of
+  static constexpr int kStep = 1;
+};
+template <>
+struct Word<std::uint32_t> {
+  using Element = BF16;
+  static constexpr int kStep = 2;
+};
+
+// ---- words of B ------------------------------------------------------------------------------------------------
+
+// v[i] and v[i + H] for every i without bit H: lane j of the first takes lane j − H of the second where j has bit H.
+template <int H, int... J>
+inline void exchange(VecU (&v)[kLanes], std::integer_sequence<int, J...>) {
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & H) continue;
+    const VecU a = v[i], b = v[i + H];
+    v[i] = __builtin_shufflevector(a, b, ((J & H) ? kLanes + J - H : J)...);
+    v[i + H] = __builtin_shufflevector(a, b, ((J & H) ? kLanes + J : J + H)...);
+  }
+}
+
+template <int H = kLanes / 2>
+inline void transpose(VecU (&v)[kLanes]) {
+  exchange<H>(v, std::make_integer_sequence<int, kLanes>{});
+  if constexpr (H > 1) transpose<H / 2>(v);
+}
+
+inline void put(float* out, const VecU (&v)[kLanes], i64 k, const float*) {
+  for (i64 i = 0; i < kLanes && i < k; ++i) __builtin_memcpy(out + i * kPanel, &v[i], sizeof v[i]);
+}
+inline void put(std::uint32_t* out, const VecU (&v)[kLanes], i64 k, const BF16*) {
+  for (i64 i = 0; i < kLanes && 2 * i < k; ++i) __builtin_memcpy(out + i * kPanel, &v[i], sizeof v[i]);
+}
+inline void put(float* out, const VecU (&v)[kLanes], i64 k, const BF16*) {
+  for (i64 i = 0; i < kLanes && 2 * i < k; ++i) {
+    const VecU low = v[i] << 16, high = v[i] & 0xffff0000u;
+    __builtin_memcpy(out + 2 * i * kPanel, &low, sizeof low);
+    if (2 * i + 1 < k) __builtin_memcpy(out + (2 * i + 1) * kPanel, &high, sizeof high);
+  }
+}
+
+// kLanes columns of a panel from as many rows of `b`, of which `cols` exist; k elements of each.
+template <class E, class W>
+void pack_lanes(const E* b, i64 ldb, i64 cols, i64 k, W* out) {
+  constexpr i64 kWide = kLanes * 4 / static_cast<i64>(sizeof(E));
+  for (i64 at = 0; at < k; at += kWide, out += kWide / Word<W>::kStep * kPanel) {
+    VecU v[kLanes];
+    const i64 some = k - at < kWide ? k - at : kWide;
+    for (i64 i = 0; i < kLanes; ++i) {
+      if (i >= cols)
+        v[i] = VecU{};
+      else if (some == kWide)
+        v[i] = load_as<VecU>(b + i * ldb + at);
+      else
+        v[i] = load_some<VecU>(b + i * ldb + at, some, sizeof(E));
+    }
+    transpose(v);
+    put(out, v, some, b);
+  }
+}
+
+// B's columns are rows of memory: `cols` rows from `first`; with `second`, so many from each, a half panel apart.
+template <class E, class W>
+void pack_columns(const void* first, const void* second, i64 ldb, i64 cols, i64 k, void* panel) {
+  const i64 width = second ? kMicroV / 2 : kMicroV;
+  for (i64 v = 0; v < kMicroV; ++v) {
+    const i64 from = v % width * kLanes, left = cols - from;
+    const E* rows = static_cast<const E*>(v < width ? first : second) + (left > 0 ? from * ldb : 0);
+    pack_lanes<E, W>(rows, ldb, left, k, static_cast<W*>(panel) + v * kLanes);
+  }
+}
+
+inline VecF words_at(const float* row, const float*, i64 cols, float) {
+  return cols >= kLanes ? load_as<VecF>(row) : load_some<VecF>(row, cols, 4);
+}
+inline VecH halves_at(const BF16* row, i64 cols) {
+  return cols >= kLanes ? load_as<VecH>(row) : load_some<VecH>(row, cols, 2);
+}
+inline VecF words_at(const BF16* row, const BF16*, i64 cols, float) { return to_f32(halves_at(row, cols)); }
+inline VecU words_at(const BF16* row, const BF16* next, i64 cols, std::uint32_t) {
+  const VecU low = widen(halves_at(row, cols));
+  return next ? low | (widen(halves_at(next, cols)) << 16) : low;
+}
+
+// B's rows are rows of memory: row i is row index[i] of `b` (i itself without an index), columns from `first`.
+template <class E, class W>
+void pack_rows(const void* b, i64 ldb, const i64* index, i64 first, i64 cols, i64 k, void* panel) {
+  constexpr int kStep = Word<W>::kStep;
+  const E* base = static_cast<const E*>(b) + first;
+  W* out = static_cast<W*>(panel);
+  for (i64 at = 0; at < k; at += kStep) {
+    const E* row = base + (index ? index[at] : at) * ldb;
+    const E* next = at + kStep - 1 < k ? base + (index ? index[at + kStep - 1] : at + kStep - 1) * ldb : nullptr;
+    for (i64 col = 0; col < kPanel; col += kLanes, out += kLanes) {
+      if (col >= cols) {
+        __builtin_memset(out, 0, kLanes * 4);
+        continue;
+      }
+      const auto words = words_at(row + col, next ? next + col : nullptr, cols - col, W{});
+      __builtin_memcpy(out, &words, sizeof words);
+    }
+  }
+}
+
+// ---- the product -----------------------------------------------------------------------------------------------
+
+inline VecF mad_word(float a, VecF b, VecF c) { return a * b + c; }
+inline VecF panel_words(const float* p) { return load_as<VecF>(p); }
+inline VecU panel_words(const std::uint32_t* p) { return load_as<VecU>(p); }
+#if defined(__AVX512BF16__)
+inline VecF mad_word(std::uint32_t a, VecU b, VecF c) {
+  return (VecF)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);
+}
+#endif
+
+// c (M × kPanel) = A · panel, or += it. The words of a row of A are `step` apart.
+template <class W, int M>
+void micro(const void* const* a, i64 from, i64 step, const W* panel, i64 words, float* c, bool add) {
+  VecF acc[M][kMicroV] = {};
+  const W* row[M];
+  for (int m = 0; m < M; ++m) row[m] = static_cast<const W*>(a[m]) + from * step;
+#pragma GCC unroll 2
+  for (i64 i = 0; i < words; ++i, panel += kPanel) {
+    decltype(panel_words(panel)) right[kMicroV];
+    for (int v = 0; v < kMicroV; ++v) right[v] = panel_words(panel + v * kLanes);
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < kMicroV; ++v) acc[m][v] = mad_word(row[m][i * step], right[v], acc[m][v]);
+  }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < kMicroV; ++v) {
+      float* at = c + m * kPanel + v * kLanes;
+      const VecF sum = add ? load_as<VecF>(at) + acc[m][v] : acc[m][v];
+      __builtin_memcpy(at, &sum, sizeof sum);
+    }
+}
+
+template <class W, int M>
+void micro_of(int m, const void* const* a, i64 from, i64 step, const W* panel, i64 words, float* c, bool add) {
+  if constexpr (M > 1) {
+    if (m < M) return micro_of<W, M - 1>(m, a, from, step, panel, words, c, add);
+  }
+  micro<W, M>(a, from, step, panel, words, c, add);
+}
+
+// c (rows × kPanel) = A · panel, or += it; an element has the same bits whatever rows it is computed with.
+template <class W>
+void multiply(const void* const* a, i64 step, const void* panel, i64 rows, i64 words, float* c, bool add) {
+  const W* right = static_cast<const W*>(panel);
+  i64 at = 0;
+  do {
+    const i64 depth = words - at < kWordsAPass ? words - at : kWordsAPass;
+    i64 blocks = (rows + kMicroM - 1) / kMicroM;
+    for (i64 row = 0; blocks; --blocks) {  // blocks of nearly equal size: a lone last row would run at half speed
+      const int m = static_cast<int>((rows - row) / blocks);
+      micro_of<W, kMicroM>(m, a + row, at, step, right + at * kPanel, depth, c + row * kPanel, add || at > 0);
+      row += m;
+    }
+    at += depth;
+  } while (at < words);
+}
+
+}  // namespace
+}  // namespace moekit

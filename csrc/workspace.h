@@ -1,0 +1,29 @@
+// Memory that one call needs and the next one needs again.
+#pragma once
+#include <cstddef>
+
+namespace moekit {
+
+// A block for the length of one call. The largest one freed last is kept for the next, since fresh memory must be
+// cleared page by page by the system; calls that overlap get blocks of their own.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes);  // as much as all calls of `take` will ask for
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  void* take(size_t bytes);  // 64-byte aligned
+  static size_t rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+ private:
+  char* memory_;
+  size_t size_, used_ = 0;
+};
+
+// This thread's own, at least so large; what was in it is lost.
+void* thread_scratch(size_t bytes);
+
+// Ask for large pages behind an array that is about to be written for the first time: fewer page faults.
+void prefer_large_pages(void* memory, size_t bytes);
+
+}  // namespace moekit
