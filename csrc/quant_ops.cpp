@@ -357,7 +357,8 @@ class Layer {
   // Columns of the output, expert after expert: nobody else writes them.
   void combine(i64 first, i64 after) const {
     const i64 rows = std::min(kRowsATask, s_.hidden - first);
-    for (i64 t = 0; t < s_.tokens; ++t) std::fill_n(out_TD_ + t * s_.hidden + first, rows, 0.0f);
+    thread_local std::vector<float> sums;  // (T, 64) side by side: columns of the output lie a row apart
+    sums.assign(s_.tokens * kRowsATask, 0.0f);
     for (const Group& group : batches_.groups) {
       Run then;
       if (&group != &batches_.groups.back())
@@ -366,10 +367,12 @@ class Layer {
         then = run_of(down_E_[batches_.groups.front().expert], after, std::min(kRowsATask, s_.hidden - after));
       multiply_group(down_E_[group.expert], first, rows, then, group, batches_, hidden_,
                      [&](i64 position, i64 row, const float* values, i64 n) {
-                       float* out = out_TD_ + routed_.token_of[position] * s_.hidden + first + row;
-                       quant_tiles().add_scaled(out, values, weights_TK_[routed_.assignment_of[position]], n);
+                       quant_tiles().add_scaled(sums.data() + routed_.token_of[position] * kRowsATask + row, values,
+                                                weights_TK_[routed_.assignment_of[position]], n);
                      });
     }
+    for (i64 t = 0; t < s_.tokens; ++t)
+      std::copy_n(sums.data() + t * kRowsATask, rows, out_TD_ + t * s_.hidden + first);
   }
 
   const float* weights_TK_;

@@ -67,23 +67,12 @@ struct Codes<4> : HalfScales {  // int4 asymmetric
 
 // ---- strips × tokens ----------------------------------------------------------------------------------------
 
-constexpr size_t kAhead = 1024;  // bytes between what is multiplied and what is prefetched
+constexpr i64 kAhead = 1024;  // bytes between what is multiplied and what is prefetched
 
-// Asks for `bytes` of a region of the strip, `ahead` beyond `at`, or past its end for the same of the next strip.
-inline void prefetch(Bytes region, Bytes next, size_t at, size_t bytes, size_t end, size_t ahead) {
-  for (size_t line = at + ahead; line < at + ahead + bytes; line += 64)
-    __builtin_prefetch(line < end ? region + line : next + (line - end));
-}
-
-template <class C>
-inline void prefetch_block(const TileArgs& a, int s, i64 block, i64 group) {
-  constexpr size_t kBytes = kBlock * kStrip * C::kBits / 8;
-  prefetch(a.strips[s], a.next[s], block * kBytes, kBytes, a.scales, kAhead);
-  constexpr size_t kTable = C::kScaleBytes * kStrip;  // of a group
-  const size_t end = a.blocks / a.group_blocks * kTable;
-  prefetch(a.strips[s] + a.scales, a.next[s] + a.scales, group * kTable, kTable, end, 4 * kTable);
-  if constexpr (C::kMinima)
-    prefetch(a.strips[s] + a.extra, a.next[s] + a.extra, group * kTable, kTable, end, 4 * kTable);
+// Asks for some lines. (GCC drops a call that does nothing else, unless it is inlined before GCC sees that.)
+template <int Bytes, int Locality = 3>
+[[gnu::always_inline]] inline void prefetch(const unsigned char* at) {
+  for (int line = 0; line < Bytes; line += 64) __builtin_prefetch(at + line, 0, Locality);
 }
 
 // sums (T tokens × S strips × 16 rows) of one block of 32 columns.
@@ -121,37 +110,59 @@ inline void multiply_block(Bytes const* codes, const unsigned char* q, int token
 //   sum ← sum + float(Σ q · (code - zero)) · (weight's scale · activation's scale)   and for minima   + m · (scale · Σ q)
 template <class C, int S, int T, int N>
 inline void tile_of(const TileArgs& a, int first) {
-  constexpr size_t kBytes = kBlock * kStrip * C::kBits / 8;
+  constexpr int kBytes = kBlock * kStrip * C::kBits / 8, kTable = C::kScaleBytes * kStrip;
+  constexpr int kZero = kSignTrick && C::kZero == 128 ? 0 : C::kZero;
   constexpr bool kStreams = T <= 2;  // weights come from memory, and nothing hides it
-  Bytes codes[S];
-  for (int s = 0; s < S; ++s) codes[s] = a.strips[s];
+  const i64 groups = a.blocks / a.group_blocks;
+  Bytes codes[S], ahead[S];
+  i64 until_next = a.blocks - kAhead / kBytes;  // blocks until what is prefetched is the next strips'
+  for (int s = 0; s < S; ++s) {
+    codes[s] = a.strips[s];
+    ahead[s] = codes[s] + kAhead;
+  }
   VecF sums[N][S][kParts] = {};
   const unsigned char* record = static_cast<const unsigned char*>(a.records);
-  for (i64 block = 0; block < a.blocks; ++block, record += kRecord * T) {
-    const i64 group = block / a.group_blocks;
-    if constexpr (kStreams)
-      for (int s = 0; s < S; ++s) prefetch_block<C>(a, s, block, group);
-    const unsigned char* scales = record + 32 * T + 4 * first;
-    VecI acc[N][S][kParts];
-    for (int t = 0; t < N; ++t) {
-      const std::int32_t sum = load_as<std::int32_t>(scales + 4 * T + 4 * t);
-      constexpr int kZero = kSignTrick && C::kZero == 128 ? 0 : C::kZero;
-      for (int s = 0; s < S; ++s)
-        for (int p = 0; p < kParts; ++p) acc[t][s][p] = VecI{} - kZero * sum;
-    }
-    multiply_block<C, S, N>(codes, record + 4 * first, T, acc);
+  for (i64 group = 0; group < groups; ++group) {
+    VecF steps[S][kParts], minima[S][kParts];
+    const i64 soon = group + 4;  // two lines of the tables
     for (int s = 0; s < S; ++s) {
-      codes[s] += kBytes;
       for (int p = 0; p < kParts; ++p) {
-        const VecF scale = C::scale(a.strips[s], a, group, p);
-        for (int t = 0; t < N; ++t) {
-          const float own = load_as<float>(scales + 4 * t);
-          sums[t][s][p] += to_floats(acc[t][s][p]) * (scale * own);
-          if constexpr (C::kMinima) {
-            const float total = own * static_cast<float>(load_as<std::int32_t>(scales + 4 * T + 4 * t));
-            sums[t][s][p] += from_half(a.strips[s] + a.extra + group * 32 + p * kLanes * 2) * total;
+        steps[s][p] = C::scale(a.strips[s], a, group, p);
+        if constexpr (C::kMinima)
+          minima[s][p] = from_half(a.strips[s] + a.extra + group * kTable + p * kLanes * 2);
+      }
+      if constexpr (kStreams) {
+        const unsigned char* table = soon < groups ? a.strips[s] + soon * kTable : a.next[s] + (soon - groups) * kTable;
+        prefetch<1>(table + a.scales);
+        if constexpr (C::kMinima) prefetch<1>(table + a.extra);
+      }
+    }
+    for (i64 block = 0; block < a.group_blocks; ++block, record += kRecord * T) {
+      if constexpr (kStreams) {
+        if (until_next-- == 0)
+          for (int s = 0; s < S; ++s) ahead[s] = a.next[s];
+        for (int s = 0; s < S; ++s, ahead[s - 1] += kBytes) prefetch<kBytes>(ahead[s]);
+      } else {  // many tokens leave the time to bring the next strips near
+        for (int s = 0; s < S; ++s) prefetch<kBytes, 2>(a.next[s] + (codes[s] - a.strips[s]));
+        prefetch<static_cast<int>(kRecord) * T>(record + 2 * kRecord * T);
+      }
+      const unsigned char* scales = record + 32 * T + 4 * first;
+      VecI acc[N][S][kParts];
+      for (int t = 0; t < N; ++t) {
+        const std::int32_t sum = load_as<std::int32_t>(scales + 4 * T + 4 * t);
+        for (int s = 0; s < S; ++s)
+          for (int p = 0; p < kParts; ++p) acc[t][s][p] = VecI{} - kZero * sum;
+      }
+      multiply_block<C, S, N>(codes, record + 4 * first, T, acc);
+      for (int s = 0; s < S; ++s) codes[s] += kBytes;
+      for (int t = 0; t < N; ++t) {
+        const float own = load_as<float>(scales + 4 * t);
+        const float total = own * static_cast<float>(load_as<std::int32_t>(scales + 4 * T + 4 * t));
+        for (int s = 0; s < S; ++s)
+          for (int p = 0; p < kParts; ++p) {
+            sums[t][s][p] += to_floats(acc[t][s][p]) * (steps[s][p] * own);
+            if constexpr (C::kMinima) sums[t][s][p] += minima[s][p] * total;
           }
-        }
       }
     }
   }
@@ -189,8 +200,7 @@ inline void quantise_block(const float* x, i64 n, void* record, int tokens, int 
     const VecU magnitude = load_as<VecU>(x + i) & 0x7fffffffu;  // ordered as the numbers are, NaN above infinity
     most = magnitude > most ? magnitude : most;
   }
-  std::uint32_t top = 0;
-  for (int i = 0; i < kLanes; ++i) top = most[i] > top ? most[i] : top;
+  const std::uint32_t top = largest_lane(most);
   float largest;
   __builtin_memcpy(&largest, &top, 4);
   const bool finite = top < 0x7f800000u;
@@ -198,7 +208,7 @@ inline void quantise_block(const float* x, i64 n, void* record, int tokens, int 
   const float inverse = finite && !zero ? 127.0f / largest : 0.0f;
   const float scale = zero ? 0.0f : largest / 127.0f;
   unsigned char* out = static_cast<unsigned char*>(record);
-  std::int32_t sum = 0;
+  VecI sums = {};
   for (int i = 0; i < kBlock; i += kLanes) {
     typedef std::int8_t Narrow __attribute__((vector_size(kLanes)));
     VecI q = {};
@@ -209,8 +219,9 @@ inline void quantise_block(const float* x, i64 n, void* record, int tokens, int 
       __builtin_memcpy(&word, reinterpret_cast<const char*>(&narrow) + j, 4);
       __builtin_memcpy(out + ((i + j) / 4 * tokens + t) * 4, &word, 4);
     }
-    for (int j = 0; j < kLanes; ++j) sum += q[j];
+    sums += q;
   }
+  const std::int32_t sum = total_of_lanes(sums);
   __builtin_memcpy(out + 32 * tokens + 4 * t, &scale, 4);
   __builtin_memcpy(out + 36 * tokens + 4 * t, &sum, 4);
 }
@@ -233,20 +244,26 @@ inline VecF activated(VecF x, int activation) {
   }
 }
 
+// each(load, store) for n floats, a vector at a time: the last one is loaded and stored in part.
+template <class Each>
+inline void each_vector(i64 n, const Each& each) {
+  i64 at = 0;
+  for (; at + kLanes <= n; at += kLanes)
+    each([=](const float* p) { return load_as<VecF>(p + at); }, [=](float* p, VecF v) { store_some(p + at, v, kLanes); });
+  if (at < n)
+    each([=](const float* p) { return load_some<VecF>(p + at, n - at, 4); },
+         [=](float* p, VecF v) { store_some(p + at, v, n - at); });
+}
+
 void glu(float* gate, const float* up, i64 n, int activation) {
-  for (i64 i = 0; i < n; i += kLanes) {
-    const i64 left = n - i < kLanes ? n - i : kLanes;
-    VecF value = activated(load_some<VecF>(gate + i, left, 4), activation);
-    if (up) value *= load_some<VecF>(up + i, left, 4);
-    store_some(gate + i, value, left);
-  }
+  each_vector(n, [=](auto load, auto store) {
+    const VecF value = activated(load(gate), activation);
+    store(gate, up ? value * load(up) : value);
+  });
 }
 
 void add_scaled(float* y, const float* x, float scale, i64 n) {
-  for (i64 i = 0; i < n; i += kLanes) {
-    const i64 left = n - i < kLanes ? n - i : kLanes;
-    store_some(y + i, load_some<VecF>(y + i, left, 4) + scale * load_some<VecF>(x + i, left, 4), left);
-  }
+  each_vector(n, [=](auto load, auto store) { store(y, load(y) + scale * load(x)); });
 }
 
 // ---- plain matrices -----------------------------------------------------------------------------------------------
@@ -264,7 +281,7 @@ void plain_rows(const float* x, const E* weight, i64 cols, float* out) {
   for (; at + kLanes <= cols; at += kLanes) {
     const VecF left = load_as<VecF>(x + at);
     for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(weight + r * cols + at + kAhead / sizeof(E));
+      __builtin_prefetch(weight + r * cols + at + kAhead / static_cast<i64>(sizeof(E)));
       sums[r] += left * floats_at(weight + r * cols + at);
     }
   }

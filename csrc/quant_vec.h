@@ -93,8 +93,35 @@ inline VecF from_half(const void* p) {
 }
 
 inline VecU from_bytes(const void* p) {
-  typedef std::uint8_t Bytes __attribute__((vector_size(kLanes)));
-  return __builtin_convertvector(load_as<Bytes>(p), VecU);
+#if defined(__AVX512F__)
+  return (VecU)_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (VecU)_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+#else
+  VecU wide;
+  for (int i = 0; i < kLanes; ++i) wide[i] = static_cast<const std::uint8_t*>(p)[i];
+  return wide;
+#endif
+}
+
+inline std::uint32_t largest_lane(VecU v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epu32((__m512i)v);
+#else
+  std::uint32_t top = 0;
+  for (int i = 0; i < kLanes; ++i) top = v[i] > top ? v[i] : top;
+  return top;
+#endif
+}
+
+inline std::int32_t total_of_lanes(VecI v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)v);
+#else
+  std::int32_t sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+#endif
 }
 
 inline VecF to_floats(VecI v) { return __builtin_convertvector(v, VecF); }
