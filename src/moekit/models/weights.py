@@ -77,12 +77,15 @@ class StoredDecoder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         path = Path(path)
-        self._where, self._source = str(path), _open(path)
-        if isinstance(self._source, _GGUFSource):
-            self.config = gguf_config(self._source.file)
+        self._where = str(path)
+        self._source: Source
+        if path.suffix == ".gguf":
+            file = GGUFFile(path)
+            self.config, self._source = gguf_config(file), _GGUFSource(file)
             layout = GGUF_ARCHS[self.config.arch].layout
         else:
-            self.config = read_config(path)
+            _refuse_pickle(path)
+            self.config, self._source = read_config(path), _open_folder(path)
             layout = ARCHS[self.config.arch].hf
         self.empty = _empty_decoder(self.config, len(self._source.shapes), self._where)
         self._plan = _plan(self.empty, layout, self._source, self._where)
@@ -230,13 +233,6 @@ class _SafetensorsSource:
 
     def read(self, name: str) -> Tensor:
         return self.home[name].read(name)
-
-
-def _open(path: Path) -> _GGUFSource | _SafetensorsSource:
-    if path.suffix == ".gguf":
-        return _GGUFSource(GGUFFile(path))
-    _refuse_pickle(path)
-    return _open_folder(path)
 
 
 def _open_folder(folder: Path) -> _SafetensorsSource:
