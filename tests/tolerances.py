@@ -59,6 +59,14 @@ NEAR = {
     "rounded cache": (2e-3, 2e-3),
     # A loss computed with bf16 products: independent roundings of 2⁻⁸, averaged over tokens.
     "bf16 loss": (1e-2, 0.0),
+    # ‖error‖ / ‖result‖ where rows are rounded to int8 in blocks of 32 before each product: a step of max/127 is about
+    # 1/50 of a row's deviation, its rounding 1/√12 of that, 0.6 %; a dozen products of a tiny model add up as √12.
+    "int8 activations": (2.5e-2, 0.0),
+    # The same with NF4's levels rounded to n/127 by the kernels, 1/440 of a group's largest on average:
+    # 0.6 % of a deviation.
+    "int8 activations, nf4": (5e-2, 0.0),
+    # int8 activations with weights that are rounded to int8 too.
+    "int8 weights": (2e-2, 0.0),
     # Perplexity of a model and its exact upcycling, as the quickstart promises.
     "upcycled perplexity": (1e-3, 0.0),
     # A published figure given to one decimal.

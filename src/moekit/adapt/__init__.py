@@ -1,6 +1,20 @@
 """Turning one model into another."""
 
+from moekit.adapt.packed_folder import load_packed, packed_formats, save_packed
+from moekit.adapt.quant import QuantReport, hottest, load_quantised, quantise
 from moekit.adapt.surgery import routings, to_moe
 from moekit.adapt.upcycle import upcycle, upcycled_config
 
-__all__ = ["routings", "to_moe", "upcycle", "upcycled_config"]
+__all__ = [
+    "QuantReport",
+    "hottest",
+    "load_packed",
+    "load_quantised",
+    "packed_formats",
+    "quantise",
+    "routings",
+    "save_packed",
+    "to_moe",
+    "upcycle",
+    "upcycled_config",
+]

@@ -24,7 +24,7 @@ class Options:
     """Measure the perplexity of a model on text, and the balance of its experts."""
 
     model: ModelPath
-    """Folder in Hugging Face layout, or a .gguf file."""
+    """Folder in Hugging Face layout or of `moekit pack`, or a .gguf file."""
     data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILES")]
     """Files, folders or globs of .txt, .md, .jsonl or .parquet."""
     text_field: str = "text"
@@ -34,17 +34,17 @@ class Options:
     batch_size: int = 4
     """Rows computed at a time."""
     autocast: Autocast = "auto"
-    """Compute dtype over the stored weights."""
+    """Compute dtype over the stored weights; a packed model computes in float32."""
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
     """Evaluate; returns perplexity, tokens and the measures of each MoE layer."""
-    from moekit.models import load_decoder, load_tokenizer
+    import moekit
 
     with console.status("reading the model"):
-        decoder, tokenizer = load_decoder(options.model), load_tokenizer(options.model)
+        model = moekit.load(options.model)
     with tempfile.TemporaryDirectory(prefix="moekit-") as cache:
-        result = _evaluate(decoder, tokenizer, options, Path(cache), console)
+        result = _evaluate(model.decoder, model.tokenizer, options, Path(cache), console)
     console.print(f"perplexity  {result.perplexity:.3f}")
     console.print(f"tokens      {result.tokens:,}")
     layers = result.routing.report()

@@ -86,11 +86,14 @@ def _check(options: Options) -> None:
 
 
 def _facts(model: Model) -> dict[str, Any]:
+    from moekit.adapt import packed_formats
     from moekit.plan import parameters
 
     config, count = model.config, parameters(model.config)
-    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.decoder.parameters()})
-    stored = sum(p.nbytes for p in model.decoder.parameters())
+    formats = packed_formats(model.decoder)
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.decoder.parameters()} | {*formats.values()})
+    tensors = [*model.decoder.parameters(), *(model.decoder.get_buffer(name) for name in formats)]
+    stored = sum(tensor.nbytes for tensor in tensors)
     facts: dict[str, Any] = {
         "architecture": config.arch,
         "parameters": count.total,

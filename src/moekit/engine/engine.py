@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moekit.adapt.packed_folder import load_packed, save_packed
+from moekit.adapt.quant import load_quantised
 from moekit.config import ModelConfig, SamplingConfig, from_dict
 from moekit.engine.sampler import Sampler
 from moekit.engine.session import Session
 from moekit.engine.stats import FinishReason, GenerationStats, count_experts
 from moekit.engine.stops import StopStrings
 from moekit.errors import ConfigError, ContextLengthError, UnsupportedError
+from moekit.models.archs import is_packed
 from moekit.models.decoder import Decoder, DecoderOutput
 from moekit.models.tokenizer import TextStream, Tokenizer, load_tokenizer
 from moekit.models.weights import load_decoder, save_decoder
@@ -40,23 +43,33 @@ def load(
     quant: str | None = None,
     memory: str | None = None,
 ) -> Model:
-    """Read a model and its tokenizer from a folder in Hugging Face layout or a .gguf file.
+    """Read a model and its tokenizer from a folder in Hugging Face layout, one of `moekit pack`, or a .gguf file.
 
     Args:
         path: the folder or file.
-        dtype: float32, bfloat16 or float16, by name or as torch has it; None keeps the stored one.
-        quant, memory: not in this version; anything but None is refused.
+        dtype: float32, bfloat16 or float16, by name or as torch has it; None keeps the stored one. Not for a quantised
+            model, which computes in float32.
+        quant: quantise an unquantised model while it is read, tensor by tensor, to this format (int8, int4, nf4,
+            mxfp4, int4-g64-asym, …), embedding and head to int8. `moekit pack` does it once and for all.
+        memory: not in this version; anything but None is refused.
     Raises:
         FileError, FormatError, UnsafeFileError: the files are missing, contradict themselves, or are pickles.
-        UnknownNameError: no such dtype.
-        UnsupportedError: quant or memory is given.
+        UnknownNameError: no such dtype or format.
+        UnsupportedError: memory is given, or a dtype for a quantised model, or quant for a packed one.
     """
-    for name, value in (("quant", quant), ("memory", memory)):
-        if value is not None:
-            raise UnsupportedError(
-                f"{name}={value!r}: this version loads models whole and unquantised; leave {name} out"
-            )
-    decoder = load_decoder(path, DTYPES[dtype] if isinstance(dtype, str) else dtype)
+    if memory is not None:
+        raise UnsupportedError(f"memory={memory!r}: this version loads models whole; leave memory out")
+    packed = is_packed(path)
+    if dtype is not None and (packed or quant is not None):
+        raise UnsupportedError(f"dtype={dtype!r}: a quantised model computes in float32; leave dtype out")
+    if packed and quant is not None:
+        raise UnsupportedError(f"quant={quant!r}: {path} is packed already; quantise the model it was made of")
+    if packed:
+        decoder = load_packed(path)
+    elif quant is not None:
+        decoder, _ = load_quantised(path, quant)
+    else:
+        decoder = load_decoder(path, DTYPES[dtype] if isinstance(dtype, str) else dtype)
     return Model(decoder, load_tokenizer(path))
 
 
@@ -124,7 +137,10 @@ class Model:
         return list(ids)
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write weights, configuration and tokenizer to `folder` in Hugging Face layout."""
+        """Write weights, configuration and tokenizer to `folder`: in Hugging Face layout, or packed if quantised."""
+        if self.decoder.is_packed:
+            save_packed(self.decoder, folder, self.tokenizer)
+            return
         save_decoder(self.decoder, folder)
         self.tokenizer.save(folder)
 

@@ -35,7 +35,7 @@ class Session:
         self.tokens: list[int] = []
         self.reused = 0
         self._chunk = chunk
-        self._cache = KVCache(decoder.config, dtype=decoder.embed.weight.dtype)
+        self._cache = KVCache(decoder.config, dtype=decoder.cache_dtype)
         self._routings: list[tuple[Routing, ...]] = []
 
     def read(self, ids: Sequence[int]) -> Tensor:

@@ -17,11 +17,11 @@ from moekit.errors import ConfigError, FileError, FormatError, UnsupportedError
 from moekit.files import read_json, write_atomic
 from moekit.models.gguf_archs import gguf_config
 from moekit.models.gguf_file import GGUFFile
-from moekit.models.keys import Keys, refuse_inexpressible, refuse_unsupported
+from moekit.models.keys import Keys, packed_by_us, refuse_inexpressible, refuse_unsupported
 from moekit.models.layout import HF_ATTENTION, HF_DENSE, HF_FUSED, HF_OUTER, Layout
 from moekit.registry import Registry
 
-__all__ = ["ARCHS", "Arch", "config_to_hf", "read_config", "write_config"]
+__all__ = ["ARCHS", "Arch", "config_to_hf", "is_packed", "read_config", "write_config"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,12 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
         raise FileError(f"{path} has no config.json: give a folder in Hugging Face layout, or a .gguf file")
     file = path / "config.json" if path.is_dir() else path
     return _hf_config(read_json(file), str(file))
+
+
+def is_packed(path: str | os.PathLike[str]) -> bool:
+    """Whether the folder at `path` holds a model that `moekit pack` wrote, as its config.json says."""
+    file = Path(path) / "config.json"
+    return file.exists() and packed_by_us(read_json(file))
 
 
 def write_config(config: ModelConfig, folder: str | os.PathLike[str], dtype: str = "float32") -> None:

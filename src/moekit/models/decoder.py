@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moekit.config import ModelConfig
-from moekit.errors import ConfigError, ContextLengthError
+from moekit.errors import ConfigError, ContextLengthError, UnsupportedError
 from moekit.kernels import linear
+from moekit.kernels.formats import Packed
+from moekit.kernels.quant import quant_linear
 from moekit.models.attention import Attention, AttentionInput, attention_mask
 from moekit.models.blocks import DenseMLP, RMSNorm, rotary_angles
 from moekit.models.cache import KVCache
@@ -161,12 +163,41 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: (..., D) → (..., V)."""
-        return linear(hidden, self.head_weight)
+        packed = self.head_packed
+        return linear(hidden, self.head_weight) if packed is None else quant_linear(hidden, packed)
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, D): the head's matrix, which is the embedding's when they are tied."""
+        """(V, D): the head's matrix, which is the embedding's when they are tied.
+
+        Raises:
+            UnsupportedError: it is quantised.
+        """
+        if self.head_packed is not None:
+            raise UnsupportedError("the head is quantised: training needs the unquantised model")
         return self.embed.weight if self.head is None else self.head.weight
+
+    @property
+    def head_packed(self) -> Packed | None:
+        """The head's matrix in a quantised model (`moekit.adapt.quant`), else None."""
+        packed: Packed | None = getattr(self.embed if self.head is None else self.head, "packed", None)
+        return packed
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the embedding is quantised, as all of the model then is: it computes in float32."""
+        return hasattr(self.embed, "packed")
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of keys and values: float16 in a quantised model (as in llama.cpp; 11 bits, beside weights of 4 or 8), else
+        the embedding's."""
+        return torch.float16 if self.is_packed else self.embed.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.norm.weight.device
 
     def _check(
         self, input_ids: Tensor, cache: KVCache | None, document_ids: Tensor | None, mask: Tensor | None

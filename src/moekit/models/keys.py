@@ -9,7 +9,11 @@ from typing import Any
 from moekit.config import ModelConfig, MoEConfig
 from moekit.errors import FormatError, UnsupportedError
 
-__all__ = ["Keys", "refuse_inexpressible", "refuse_unsupported", "unsupported"]
+__all__ = ["PACKED_METHOD", "Keys", "packed_by_us", "refuse_inexpressible", "refuse_unsupported", "unsupported"]
+
+
+PACKED_METHOD = "moekit"
+"""The quant_method of quantization_config in a packed folder, a name that no other program knows."""
 
 
 class Keys:
@@ -72,11 +76,18 @@ def refuse_unsupported(keys: Keys) -> None:
     activation = keys.optional("hidden_act") or "silu"
     unsupported(keys, activation != "silu", f"hidden_act {activation!r}", "'silu'")
     unsupported(keys, keys.flag("mlp_bias"), "mlp_bias true", "MLPs without biases")
-    unsupported(keys, keys.has("quantization_config"), "a quantization_config", "weights in float32, bfloat16, float16")
+    foreign = keys.has("quantization_config") and not packed_by_us(keys.values)
+    unsupported(keys, foreign, "a quantization_config of another program", "plain floats and what `moekit pack` writes")
     if keys.has("sliding_window") and keys.flag("use_sliding_window"):
         window, longest = keys.whole("sliding_window"), keys.whole("max_position_embeddings")
         short = window < longest
         unsupported(keys, short, f"a sliding_window of {window} below {longest} positions", "attention to all of them")
+
+
+def packed_by_us(values: Mapping[str, Any]) -> bool:
+    """Whether config.json is that of a packed folder."""
+    quantisation = values.get("quantization_config")
+    return isinstance(quantisation, Mapping) and quantisation.get("quant_method") == PACKED_METHOD
 
 
 def unsupported(keys: Keys, wrong: bool, what: str, instead: str) -> None:

@@ -8,8 +8,10 @@ Layout: header length (8 bytes, little-endian), header (JSON: name to dtype, sha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import mmap
 import os
 import struct
 from collections.abc import Mapping
@@ -42,6 +44,7 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000
 _MAX_DIMENSIONS = 8
+_MADV_POPULATE_READ = 22  # of linux/mman.h; Python has no name for it
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,23 @@ class SafetensorsFile:
             _fill(file, memoryview(_bytes(tensor)), f"{self.path} ends inside tensor {name!r}")
         return tensor
 
+    def map_all(self) -> dict[str, Tensor]:
+        """Every tensor, as slices of the mapped file: nothing is copied until it is written to, and then privately.
+
+        All pages are asked for at once, so that a file that is not in memory yet is read in order and here, not fault
+        by fault when the tensors are used; later the system may take pages back and read them again.
+        """
+        with file_errors(self.path, "map"), self.path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        if len(mapped) < max((info.end for info in self.tensors.values()), default=0):
+            raise FormatError(f"{self.path} became shorter since its header was read")
+        with contextlib.suppress(OSError):  # Linux before 5.14: they come when they are touched
+            mapped.madvise(_MADV_POPULATE_READ)
+        whole = torch.frombuffer(mapped, dtype=torch.uint8)
+        return {
+            name: whole[info.start : info.end].view(info.dtype).view(info.shape) for name, info in self.tensors.items()
+        }
+
 
 def write_safetensors(
     path: str | os.PathLike[str],
@@ -98,6 +118,7 @@ def write_safetensors(
     *,
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
+    align: int = 8,
 ) -> None:
     """Write `tensors` to `path`, whole or not at all; at most one of them is copied at a time.
 
@@ -106,11 +127,15 @@ def write_safetensors(
         tensors: names to tensors of any device; views may be given, shared memory is written once a name.
         dtype: convert each to it on the way; None keeps each one's own.
         metadata: notes for the header.
+        align: the data starts at a multiple of it, for which the header is filled up with spaces; with more than 8 the
+            tensors keep the order given, so that those whose sizes are multiples of it too are aligned like the first.
     Raises:
         FileError: it could not be written; nothing is left under `path` that was not there before.
     """
     # The widest dtype first keeps every tensor aligned to its own item size.
-    order = sorted(tensors, key=lambda name: -(dtype or tensors[name].dtype).itemsize)
+    order = list(tensors)
+    if align == 8:
+        order.sort(key=lambda name: -(dtype or tensors[name].dtype).itemsize)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in order:
@@ -118,7 +143,7 @@ def write_safetensors(
         end += tensors[name].numel() * kind.itemsize
         header[name] = {"dtype": _NAMES[kind], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % align)
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:

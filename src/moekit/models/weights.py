@@ -10,23 +10,25 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from moekit.config import ModelConfig
 from moekit.errors import FileError, FormatError, UnsafeFileError, UnsupportedError
 from moekit.files import file_errors, read_json, replacing_folder, write_atomic
-from moekit.models.archs import ARCHS, config_to_hf, read_config
+from moekit.models.archs import ARCHS, config_to_hf, is_packed, read_config
 from moekit.models.decoder import Decoder
 from moekit.models.gguf_archs import GGUF_ARCHS, gguf_config
 from moekit.models.gguf_file import GGUFFile
 from moekit.models.layout import Layout, Piece
 from moekit.models.safetensors_file import SafetensorsFile, write_safetensors
 
-__all__ = ["StoredDecoder", "load_decoder", "save_decoder"]
+__all__ = ["PACKED_WEIGHTS", "StoredDecoder", "empty_decoder", "load_decoder", "remove_stale", "save_decoder"]
 
+PACKED_WEIGHTS = "packed.safetensors"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
@@ -53,7 +55,8 @@ def load_decoder(path: str | os.PathLike[str], dtype: torch.dtype | None = None)
         FileError: something is missing or unreadable.
         FormatError: the files contradict themselves or the configuration; the message names the tensor.
         UnsafeFileError: there is only a pickle, or the index points out of the folder.
-        UnsupportedError, UnknownNameError: see `read_config`.
+        UnsupportedError: the model is packed (`moekit.load` opens those), or as `read_config` has it.
+        UnknownNameError: see `read_config`.
     """
     stored = StoredDecoder(path)
     for name in stored.names:
@@ -85,16 +88,19 @@ class StoredDecoder:
             layout = GGUF_ARCHS[self.config.arch].layout
         else:
             _refuse_pickle(path)
-            self.config, self._source = read_config(path), _open_folder(path)
+            self.config = read_config(path)
+            if is_packed(path):
+                raise UnsupportedError(f"{path} is packed by moekit: this needs the unquantised model")
+            self._source = _open_folder(path)
             layout = ARCHS[self.config.arch].hf
-        self.empty = _empty_decoder(self.config, len(self._source.shapes), self._where)
+        self.empty = empty_decoder(self.config, len(self._source.shapes), self._where)
         self._plan = _plan(self.empty, layout, self._source, self._where)
+        self._shapes = {name: parameter.shape for name, parameter in self.empty.named_parameters()}
         self.names = list(self._plan)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The parameter `name`, as it is stored (GGUF: float32) or in `dtype`."""
-        shape = self.empty.get_parameter(name).shape
-        return _assemble(shape, self._plan[name], self._source, self._where, dtype)
+        return _assemble(self._shapes[name], self._plan[name], self._source, self._where, dtype)
 
 
 def save_decoder(
@@ -131,10 +137,10 @@ def save_decoder(
             write_atomic(temporary / _INDEX, _index(tensors, shards, dtype))
         write_atomic(temporary / "generation_config.json", _json(_generation(values)))
         write_atomic(temporary / "config.json", _json(values))
-    _remove_stale(Path(folder), {*shards, *([_INDEX] if len(shards) > 1 else [])})
+    remove_stale(Path(folder), {*shards, *([_INDEX] if len(shards) > 1 else [])})
 
 
-def _empty_decoder(config: ModelConfig, num_tensors: int, where: str) -> Decoder:
+def empty_decoder(config: ModelConfig, num_tensors: int, where: str) -> Decoder:
     """A decoder without memory; sizes that the files cannot back are refused before it is built."""
     if config.num_hidden_layers > num_tensors:
         raise FormatError(
@@ -142,10 +148,20 @@ def _empty_decoder(config: ModelConfig, num_tensors: int, where: str) -> Decoder
             f"but there are only {num_tensors} tensors"
         )
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Uninitialised():
             return Decoder(config)
     except RuntimeError as error:
         raise FormatError(f"{where}: a model of these sizes cannot exist: {str(error).splitlines()[0]}") from None
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves new parameters as they are. Without memory there is nothing to fill, and the first random draw of that
+    kind would import PyTorch's compiler: 1.3 s of every process that loads a model."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _plan(decoder: Decoder, layout: Layout, source: Source, where: str) -> dict[str, list[Piece]]:
@@ -318,9 +334,9 @@ def _json(value: object) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
-def _remove_stale(folder: Path, kept: set[str]) -> None:
+def remove_stale(folder: Path, kept: set[str]) -> None:
     """Remove weights of an earlier save, which a loader could take for this one's."""
     with file_errors(folder):
-        for path in [*folder.glob("model*.safetensors"), *folder.glob(_INDEX)]:
+        for path in [*folder.glob("model*.safetensors"), *folder.glob(_INDEX), *folder.glob(PACKED_WEIGHTS)]:
             if path.name not in kept:
                 path.unlink()

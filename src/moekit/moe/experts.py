@@ -84,9 +84,9 @@ class GroupedMLP(Experts):
         """Run every expert on its rows. Returns (R, D) in the compute dtype; gradients reach rows and weights."""
         dtype = self._compute_dtype(rows_RD)
         hidden_RG = kernels.grouped_mm(rows_RD.to(dtype), self.in_proj.to(dtype), counts_E)
-        hidden_RG = _plus_bias(hidden_RG, self.in_bias, counts_E)
+        hidden_RG = plus_bias(hidden_RG, self.in_bias, counts_E)
         out_RD = kernels.grouped_mm(self._act(hidden_RG), self.down_proj.to(dtype), counts_E)
-        return _plus_bias(out_RD, self.down_bias, counts_E)
+        return plus_bias(out_RD, self.down_bias, counts_E)
 
     def decode(self, x_TD: Tensor, routing: Routing) -> Tensor | None:
         """See `Experts.decode`: one fused op, where `can_decode`."""
@@ -238,7 +238,7 @@ class SharedExperts(nn.Module):
         return y_TD if self.gate is None else y_TD * self.gate(x_TD).sigmoid()
 
 
-def _plus_bias(rows_RO: Tensor, bias_EO: Tensor | None, counts_E: Tensor) -> Tensor:
+def plus_bias(rows_RO: Tensor, bias_EO: Tensor | None, counts_E: Tensor) -> Tensor:
     """Each row plus its expert's bias, as the product 1 · bias: its gradient is then a sum in fp32, where a repeated
     bias would be summed row after row in its own dtype."""
     if bias_EO is None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from moekit.config import Autocast
 from moekit.kernels import fast_bf16
@@ -21,6 +23,9 @@ from moekit.train.loss import chunked_cross_entropy
 from moekit.train.monitor import RoutingMonitor
 
 __all__ = ["Evaluation", "autocast_dtype", "compute_context", "perplexity", "perplexity_of_files"]
+
+QUANTISED_ROWS = 256
+"""Rows of logits of a quantised head at a time: 50 MB for a vocabulary of 49,152."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,13 +71,7 @@ def perplexity(
         for batch in rows.in_order(batch_size, max_rows):
             features = decoder.features(batch.input_ids_BL, document_ids=batch.document_ids_BL)
             monitor.update(features.routings)
-            total += chunked_cross_entropy(
-                features.hidden_BLD.flatten(0, 1),
-                decoder.head_weight,
-                batch.labels_BL.flatten(),
-                denominator=1,
-                dtype=autocast_dtype(decoder, autocast),
-            ).item()
+            total += _nll(decoder, features.hidden_BLD.flatten(0, 1), batch.labels_BL.flatten(), autocast)
             tokens += batch.num_labels
             done += len(batch.input_ids_BL)
             if progress is not None:
@@ -80,6 +79,15 @@ def perplexity(
     decoder.train(training)
     nll = total / max(tokens, 1)
     return Evaluation(math.exp(min(nll, 700.0)), nll, tokens, monitor)
+
+
+def _nll(decoder: Decoder, hidden_ND: Tensor, labels_N: Tensor, autocast: Autocast) -> float:
+    """Σ −log p of the labels that are not −100."""
+    if decoder.head_packed is None:
+        dtype = autocast_dtype(decoder, autocast)
+        return chunked_cross_entropy(hidden_ND, decoder.head_weight, labels_N, denominator=1, dtype=dtype).item()
+    parts = zip(hidden_ND.split(QUANTISED_ROWS), labels_N.split(QUANTISED_ROWS), strict=True)
+    return sum(F.cross_entropy(decoder.logits(h), labels, reduction="sum").item() for h, labels in parts)
 
 
 def perplexity_of_files(
@@ -102,13 +110,18 @@ def perplexity_of_files(
 def compute_context(decoder: Decoder, autocast: Autocast) -> AbstractContextManager[object]:
     """Autocast to the dtype of `autocast_dtype` on the decoder's device, or autocast off."""
     dtype = autocast_dtype(decoder, autocast)
-    return torch.autocast(decoder.embed.weight.device.type, dtype=torch.bfloat16, enabled=dtype is not None)
+    return torch.autocast(decoder.device.type, dtype=torch.bfloat16, enabled=dtype is not None)
 
 
 def autocast_dtype(decoder: Decoder, autocast: Autocast) -> torch.dtype | None:
-    """bfloat16, or None for the weights' own; `auto` is bfloat16 where the decoder's device multiplies it fast."""
+    """bfloat16, or None for the weights' own; `auto` is bfloat16 where the decoder's device multiplies it fast.
+
+    A quantised decoder computes in float32 whatever is asked: its products are integers inside.
+    """
+    if decoder.is_packed:
+        return None
     if autocast == "auto":
-        return torch.bfloat16 if fast_bf16(decoder.embed.weight.device) else None
+        return torch.bfloat16 if fast_bf16(decoder.device) else None
     return torch.bfloat16 if autocast == "bfloat16" else None
 
 

@@ -47,7 +47,7 @@ class RunHealth:
         self._layers = decoder.config.moe_layers
         self._moes = moe_layers(decoder)
         self._router_drift = RouterDrift(router_weights(decoder))
-        self._device = decoder.embed.weight.device
+        self._device = decoder.device
 
     def step(
         self, metrics: StepMetrics, totals: Sequence[RoutingTotals], *, real_tokens: int | None = None

@@ -1,0 +1,96 @@
+"""`moekit pack`: what it writes, what it prints, what it refuses before any work."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import moekit
+from moekit import cli
+from moekit.adapt import packed_formats
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.md"
+    path.write_text("To be, or not to be, that is the question.\n" * 60)
+    return path
+
+
+def pack(capsys, *args) -> tuple[int, dict]:
+    code = cli.main(["pack", *map(str, args), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_the_folder_is_the_quantised_model(folders, tmp_path, capsys):
+    code, result = pack(capsys, folders / "moe", tmp_path / "out", "--quant", "nf4", "--head", "int4")
+    assert (code, result["quality"]) == (0, None)
+    loaded = moekit.load(tmp_path / "out")
+    formats = packed_formats(loaded.decoder)
+    assert (formats["layers.0.attn.q_proj.data"], formats["head.data"]) == ("nf4", "int4-g32")
+    assert result["expert_bytes"] == result["expert_bytes_packed"] > 0
+    assert loaded.generate("ab", max_new_tokens=4) == moekit.load(tmp_path / "out").generate("ab", max_new_tokens=4)
+
+
+def test_quality_and_hot_experts(folders, tmp_path, capsys, text):
+    args = ("--quant", "int4", "--per-expert", "int8:0.25", "--text", text, "--rows", "4")
+    code, result = pack(capsys, folders / "moe", tmp_path / "out", *args)
+    assert code == 0
+    quality = result["quality"]
+    assert quality["rise"] == pytest.approx(quality["after"] / quality["before"] - 1)
+    assert 0 < quality["kl"] < 1
+    formats = packed_formats(moekit.load(tmp_path / "out").decoder)
+    hot = [name for name, format in formats.items() if ".expert_" in name and format == "int8-g128"]
+    assert [name.split(".")[1] for name in hot] == ["0", "1"]  # one of four experts in each layer
+    report = cli.main(["eval", str(tmp_path / "out"), "--data", str(text)])
+    assert report == 0
+
+
+def test_what_people_read(folders, tmp_path, capsys, text):
+    assert cli.main(["pack", str(folders / "dense"), str(tmp_path / "out"), "--text", str(text)]) == 0
+    printed = capsys.readouterr().out
+    for word in (
+        "mlp.up_proj",
+        "int4-g32",
+        "bits a weight",
+        "perplexity",
+        "mean KL",
+        "norms and biases",
+    ):
+        assert word in printed
+    assert cli.main(["inspect", str(tmp_path / "out")]) == 0
+    assert "int4-g32" in capsys.readouterr().out
+    assert cli.main(["plan", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "error"),
+    [
+        (["--quant", "int5"], "unknown format 'int5'"),
+        (["--head", "half"], "unknown format 'half'"),
+        (["--per-expert", "int8"], "FORMAT:SHARE"),
+        (["--per-expert", "int8:0.5"], "give --text too"),
+    ],
+)
+def test_refusals_come_before_any_work(folders, tmp_path, capsys, args, error):
+    code, result = pack(capsys, folders / "moe", tmp_path / "out", *args)
+    assert code == 2
+    assert error in result["error"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_packed_model_is_not_packed_again(folders, tmp_path, capsys):
+    pack(capsys, folders / "dense", tmp_path / "out")
+    code, result = pack(capsys, tmp_path / "out", tmp_path / "again")
+    assert (code, result["type"]) == (2, "UnsupportedError")
+    assert "packed by moekit" in result["error"]
+
+
+def test_interrupted(folders, tmp_path, capsys, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moekit.models.safetensors_file._bytes", stop)
+    assert cli.main(["pack", str(folders / "dense"), str(tmp_path / "out")]) == 130
+    assert list(tmp_path.iterdir()) == []
