@@ -166,7 +166,9 @@ def test_dtypes_by_name_and_by_object(dtype, tmp_path):
 def test_load_refuses_what_it_does_not_have(tmp_path):
     with pytest.raises(UnknownNameError, match="unknown dtype 'fp8'; choose from: bfloat16, float16, float32"):
         moekit.load(tmp_path, dtype="fp8")
-    for option in ({"quant": "int4"}, {"memory": "8GB"}):
+    with pytest.raises(UnknownNameError, match="unknown format 'fp8'"):
+        moekit.load(tmp_path, quant="fp8")
+    for option in ({"memory": "8GB"}, {"quant": "int8", "dtype": "float32"}):
         with pytest.raises(UnsupportedError, match=next(iter(option))):
             moekit.load(tmp_path, **option)
 
@@ -175,9 +177,11 @@ def test_a_mock_decoder_needs_no_weights():
     """The engine asks a decoder only for logits: one that always continues the alphabet spells it."""
 
     class Alphabet(torch.nn.Module):
+        cache_dtype = torch.float32
+
         def __init__(self, config):
             super().__init__()
-            self.config, self.embed = config, torch.nn.Embedding(1, 1)
+            self.config = config
 
         def forward(self, ids, *, cache, last_only):
             cache.advance(ids.shape[1])

@@ -207,9 +207,9 @@ def load_quantised(
     Raises:
         What `load_decoder` and `quantise` raise.
     """
-    stored = StoredDecoder(path)
+    recipe, stored = Recipe.of(format, head, per_expert), StoredDecoder(path)
     decoder = stored.empty
-    job = _Job(decoder, Recipe.of(format, head, per_expert), progress)
+    job = _Job(decoder, recipe, progress)
     job.install()
     for name in stored.names:
         value = stored.read(name)
