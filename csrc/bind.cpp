@@ -81,9 +81,10 @@ void bind_decode(nb::module_& m) {
   nb::class_<Vector>(m, "Vector").def("__init__", [](Vector* self, Address data, int dtype) {
     new (self) Vector{pointer(data), dtype};
   });
-  nb::class_<Matrix>(m, "Matrix").def("__init__", [](Matrix* self, Address data, i64 rows, i64 cols, int kind) {
-    new (self) Matrix{pointer(data), rows, cols, kind, 0, 1, true};
-  });
+  nb::class_<Matrix>(m, "Matrix").def(
+      "__init__", [](Matrix* self, Address data, i64 rows, i64 cols, int kind, int group, bool symmetric) {
+        new (self) Matrix{pointer(data), rows, cols, kind, group, 1, symmetric};
+      });
   nb::class_<Linear>(m, "Linear").def("__init__", [](Linear* self, const Matrix& weight, Vector bias) {
     new (self) Linear{weight, bias};
   });

@@ -2,64 +2,53 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "ops.h"
 #include "parallel.h"
 
 namespace moekit {
 namespace {
 
-constexpr i64 kMaxRows = 256;           // of a matrix in one task
-constexpr i64 kElementsATask = 1 << 15;  // of a matrix: about 5 µs of reading
-constexpr i64 kSplit = 512;             // cached positions in one task
+// Rows of a matrix in one task, a multiple of kBlock so that a task quantises what it wrote: about 5 µs of reading.
+constexpr i64 kMaxRows = 256, kPackedRows = 2 * kBlock;
+constexpr i64 kElementsATask = 1 << 15;
+constexpr i64 kSplit = 512;  // cached positions in one task
 
 // Memory of the calling thread that lasts until its next call with the same Tag.
 template <class Tag>
-float* scratch(i64 size) {
+float* scratch(i64 floats) {
   thread_local std::vector<float> memory;
-  if (static_cast<i64>(memory.size()) < size) memory.resize(size);
+  if (static_cast<i64>(memory.size()) < floats) memory.resize(floats);
   return memory.data();
 }
 struct OfStep {};
 struct OfTask {};
+struct OfBlocks {};
 
 i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
-i64 rows_a_task(i64 cols) { return std::clamp<i64>(kElementsATask / std::max<i64>(cols, 1) / 16 * 16, 16, kMaxRows); }
+i64 rows_a_task(const Matrix& m) {
+  if (is_packed(m)) return kPackedRows;
+  return std::clamp<i64>(kElementsATask / std::max<i64>(m.cols, 1) / kBlock * kBlock, kBlock, kMaxRows);
+}
 
-i64 tasks_of(const Matrix& weight) { return weight.data ? ceil_div(weight.rows, rows_a_task(weight.cols)) : 0; }
+i64 tasks_of(const Matrix& m) { return m.data ? ceil_div(m.rows, rows_a_task(m)) : 0; }
+
+// ---- activations ----------------------------------------------------------------------------------------------
 
 void load(const Vector& from, i64 first, i64 size, float* out) {
   const i64 width = static_cast<i64>(element_size(from.dtype));
   tiles().row.load[from.dtype](static_cast<const char*>(from.data) + first * width, out, size);
 }
 
-// `rows` rows of W · x from row `first` on, unrounded and without bias. The one place that knows kinds of matrices.
-void multiply(const Matrix& w, const float* x, i64 first, i64 rows, float* out) {
-  const char* at = static_cast<const char*>(w.data) + first * w.cols * static_cast<i64>(element_size(w.kind));
-  tiles().row.matvec[w.kind](at, w.cols, x, out, rows, w.cols);
-}
-
 void round_to(int dtype, float* x, i64 size) {
-  if (dtype == kBF16) {
-    float zeros[kMaxRows] = {};
-    for (i64 at = 0; at < size; at += kMaxRows)
-      tiles().row.add_rounded(x + at, zeros, std::min(kMaxRows, size - at), dtype);
-  }
-}
-
-// The same rounded, plus the bias, rounded.
-void apply(const Linear& layer, const float* x, i64 first, i64 rows, float* out, int dtype) {
-  multiply(layer.weight, x, first, rows, out);
-  round_to(dtype, out, rows);
-  if (layer.bias.data) {
-    float bias[kMaxRows];
-    load(layer.bias, first, rows, bias);
-    tiles().row.add_rounded(out, bias, rows, dtype);
-  }
+  if (dtype == kF32) return;
+  const float zeros[kMaxRows] = {};
+  for (i64 at = 0; at < size; at += kMaxRows)
+    tiles().row.add_rounded(x + at, zeros, std::min(kMaxRows, size - at), dtype);
 }
 
 // out = norm(x); `weight` is scratch for the weights as floats.
@@ -69,11 +58,116 @@ void norm(const Vector& weights, float eps, const float* x, i64 size, float* wei
   tiles().row.rms_norm(x, weight, eps, out, size, dtype);
 }
 
+i64 block_floats(i64 cols) { return static_cast<i64>(row_bytes(cols) / sizeof(float)); }
+
+// A row as every kind of matrix takes it; `blocks` is filled where a packed one will read it.
+Row as_row(const float* values, i64 cols, float* blocks, bool packed) {
+  if (packed) quantise_row(values, cols, blocks);
+  return {values, blocks};
+}
+
+// ---- products -------------------------------------------------------------------------------------------------
+
+// Some rows of a matrix; none without one. First and rows are multiples of kBlock, but for the last rows.
+struct Piece {
+  const Matrix* matrix = nullptr;
+  i64 first = 0, rows = 0;
+
+  i64 padded() const { return ceil_div(rows, kStrip) * kStrip; }
+  const char* plain() const {
+    return static_cast<const char*>(matrix->data) +
+           first * matrix->cols * static_cast<i64>(element_size(matrix->kind));
+  }
+};
+
+// One or two pieces that are read together, and written one after the other, each padded to whole strips.
+struct Pieces {
+  Piece piece[2];
+  int count = 0;
+
+  void add(const Matrix& m, i64 first) {
+    if (m.data) piece[count++] = {&m, first, std::min(rows_a_task(m), m.rows - first)};
+  }
+  bool same_strips() const {
+    const Matrix &a = *piece[0].matrix, &b = *piece[count - 1].matrix;
+    return is_packed(a) && a.kind == b.kind && a.group == b.group && a.symmetric == b.symmetric && a.cols == b.cols;
+  }
+  i64 strips(const unsigned char** out) const {
+    i64 found = 0;
+    for (int p = 0; p < count; ++p) {
+      const Strips where(*piece[p].matrix);
+      for (i64 r = 0; r < piece[p].rows; r += kStrip) out[found++] = where.at(*piece[p].matrix, piece[p].first + r);
+    }
+    return found;
+  }
+};
+
+constexpr i64 kMostStrips = 2 * kPackedRows / kStrip;
+
+// out = the pieces times x; what this thread multiplies next is prefetched.
+void multiply(const Pieces& now, const Pieces& next, const Row& x, float* out) {
+  if (now.same_strips()) {
+    const unsigned char *strips[kMostStrips], *then[kMostStrips];
+    const i64 count = now.strips(strips);
+    i64 known = next.count && next.same_strips() ? next.strips(then) : 0;
+    for (; known < count; ++known) then[known] = strips[known];
+    const Tokens one{0, 1, x.blocks, &x.values};
+    return multiply_strips(*now.piece[0].matrix, strips, then, count, one, out, 0);
+  }
+  for (int p = 0; p < now.count; ++p) {
+    const Piece &each = now.piece[p], &after = p + 1 < now.count ? now.piece[p + 1] : next.piece[0];
+    const Matrix& m = *each.matrix;
+    if (is_packed(m)) {
+      matvec(m, x, each.first, each.rows, out);
+    } else {
+      const bool alike = after.matrix && after.matrix->kind == m.kind && after.matrix->cols == m.cols;
+      const char* then = alike ? after.plain() : each.plain();
+      tiles().row.matvec[m.kind](each.plain(), m.cols, x.values, out, each.rows, m.cols, then);
+    }
+    out += each.padded();
+  }
+}
+
+// What a task of one linear layer multiplies.
+Pieces task_of(const Linear& layer, i64 task) {
+  Pieces pieces;
+  pieces.add(layer.weight, task * rows_a_task(layer.weight));
+  return pieces;
+}
+
+// Rounded, plus the bias, rounded.
+void add_bias(const Linear& layer, i64 first, i64 rows, float* out, int dtype) {
+  round_to(dtype, out, rows);
+  if (!layer.bias.data) return;
+  float bias[kMaxRows];
+  load(layer.bias, first, rows, bias);
+  tiles().row.add_rounded(out, bias, rows, dtype);
+}
+
+// emit(which, first, values, rows) for every task of some layers that read the same row.
+template <class Emit>
+void apply(const Linear* const* layers, int count, const Row& x, int dtype, int threads, const Emit& emit) {
+  i64 total = 0;
+  for (int i = 0; i < count; ++i) total += tasks_of(layers[i]->weight);
+  const auto find = [&](i64 task, int& which) {
+    for (which = 0; task >= tasks_of(layers[which]->weight); ++which) task -= tasks_of(layers[which]->weight);
+    return task_of(*layers[which], task);
+  };
+  parallel_ahead(total, threads, [&](i64 i, i64 next) {
+    float out[kMaxRows];
+    int which, after;
+    const Pieces now = find(i, which);
+    multiply(now, next < 0 ? Pieces{} : find(next, after), x, out);
+    add_bias(*layers[which], now.piece[0].first, now.piece[0].rows, out, dtype);
+    emit(which, now.piece[0].first, out, now.piece[0].rows);
+  });
+}
+
 // ---- attention ------------------------------------------------------------------------------------------------
 
 struct Heads {
   const Attention& layer;
-  float* qkv;       // H + 2·Hkv heads: queries, keys, values
+  float* qkv;  // H + 2·Hkv heads: queries, keys, values
   const float *cosine, *sine;
   const Cache& cache;
   i64 position, splits;
@@ -130,7 +224,8 @@ struct Heads {
     for (i64 n = 0; n < splits; ++n) total += sum[n] * std::exp(max[n] - most);
     std::fill_n(out_Hd + head * d, d, 0.0f);
     for (i64 n = 0; n < splits; ++n)
-      tiles().row.scale_add(out_Hd + head * d, parts_Hnd + (head * splits + n) * d, std::exp(max[n] - most) / total, d);
+      quant_tiles().add_scaled(out_Hd + head * d, parts_Hnd + (head * splits + n) * d,
+                               std::exp(max[n] - most) / total, d);
     round_to(layer.dtype, out_Hd + head * d, d);
   }
 };
@@ -165,56 +260,118 @@ void choose(const TopK& router, const Routes& routes, float* probs_E) {
   if (!router.softmax_first) softmax(weights, router.top_k);
   float total = 0.0f;
   for (i64 k = 0; k < router.top_k; ++k) total += weights[k];
-  for (i64 k = 0; k < router.top_k; ++k) weights[k] = (router.normalise ? weights[k] / total : weights[k]) * router.scale;
+  for (i64 k = 0; k < router.top_k; ++k)
+    weights[k] = (router.normalise ? weights[k] / total : weights[k]) * router.scale;
 }
 
-// `rows` hidden values of one MLP from `first` on.
-void hidden_rows(const MLP& mlp, const float* x, i64 first, i64 rows, float* out, const Sparse& layer) {
-  float up[kMaxRows];
-  const bool gated = mlp.up.weight.data;
-  apply(mlp.gate, x, first, rows, out, kF32);
-  if (gated) apply(mlp.up, x, first, rows, up, kF32);
-  if (gated && layer.activation == kSilu) return tiles().row.silu_times(out, up, rows, layer.dtype);
-  for (i64 r = 0; r < rows; ++r) out[r] = activate(out[r], layer.activation) * (gated ? up[r] : 1.0f);
-  round_to(layer.dtype, out, rows);
-}
+bool reads_blocks(const MLP& mlp) { return is_packed(mlp.gate.weight) || is_packed(mlp.up.weight); }
 
+// The MLPs that a token passes: its experts in the order of the assignments, then the shared one.
 struct Layer {
   const Sparse& layer;
   const Routes& routes;
-  float *x, *h, *hidden, *shared_hidden;
+  Row h;
+  float *x, *hidden, *blocks;  // of the experts, then of the shared MLP
   float shared_weight;
 
-  i64 inner() const { return layer.experts.empty() ? 0 : layer.experts[0].gate.weight.rows; }
+  i64 count() const { return routes.count + (has_shared() ? 1 : 0); }
+  bool has_shared() const { return layer.shared.gate.weight.data; }
+  const MLP& mlp(i64 slot) const { return slot < routes.count ? layer.experts[routes.ids_K[slot]] : layer.shared; }
+  i64 inner(i64 slot) const { return mlp(slot).gate.weight.rows; }
+  i64 expert_inner() const { return layer.experts.empty() ? 0 : layer.experts[0].gate.weight.rows; }
+  float* hidden_of(i64 slot) const { return hidden + slot * expert_inner(); }
+  float* blocks_of_slot(i64 slot) const { return blocks + slot * block_floats(expert_inner()); }
+  Row row_of(i64 slot) const { return {hidden_of(slot), blocks_of_slot(slot)}; }
 
-  void hidden_task(i64 i) const {
-    const i64 each = layer.experts.empty() ? 0 : tasks_of(layer.experts[0].gate.weight);
-    const bool routed = i < each * routes.count;
-    const i64 slot = routed ? i / each : 0, part = routed ? i % each : i - each * routes.count;
-    const MLP& mlp = routed ? layer.experts[routes.ids_K[slot]] : layer.shared;
-    const i64 step = rows_a_task(mlp.gate.weight.cols), first = part * step;
-    const i64 rows = std::min(step, mlp.gate.weight.rows - first);
-    hidden_rows(mlp, h, first, rows, (routed ? hidden + slot * inner() : shared_hidden) + first, layer);
+  // Hidden units: kBlock of them in packed matrices, so that gate and up are four strips together.
+  static i64 units(const MLP& mlp) { return reads_blocks(mlp) ? kBlock : rows_a_task(mlp.gate.weight); }
+  i64 hidden_tasks(i64 slot) const { return ceil_div(inner(slot), units(mlp(slot))); }
+
+  Pieces hidden_pieces(i64 slot, i64 first) const {
+    const MLP& each = mlp(slot);
+    Pieces pieces;
+    for (const Linear* linear : {&each.gate, &each.up}) {
+      pieces.add(linear->weight, first);
+      Piece& piece = pieces.piece[pieces.count - 1];
+      piece.rows = std::min(piece.rows, units(each));
+    }
+    return pieces;
   }
 
-  // Some rows of every expert's output, weighted, summed in the order of the assignments, and added to x.
-  void down_task(i64 first, i64 rows) const {
+  // The slot and first unit of a task.
+  i64 find(i64 task, i64& slot) const {
+    for (slot = 0; task >= hidden_tasks(slot); ++slot) task -= hidden_tasks(slot);
+    return task * units(mlp(slot));
+  }
+
+  void hidden_task(i64 task, i64 next) const {
+    float out[2 * kMaxRows];
+    i64 slot, next_slot = 0;
+    const i64 first = find(task, slot);
+    const Pieces now = hidden_pieces(slot, first);
+    const i64 next_first = next < 0 ? 0 : find(next, next_slot);
+    multiply(now, next < 0 ? Pieces{} : hidden_pieces(next_slot, next_first), h, out);
+    const MLP& each = mlp(slot);
+    const i64 rows = now.piece[0].rows;
+    float* up = now.count > 1 ? out + now.piece[0].padded() : nullptr;
+    add_bias(each.gate, first, rows, out, kF32);
+    if (up) add_bias(each.up, first, rows, up, kF32);
+    quant_tiles().glu(out, up, rows, layer.activation);
+    round_to(layer.dtype, out, rows);
+    keep(slot, first, rows, out);
+  }
+
+  // For the second matrix; the last task also clears the blocks that fill a row up.
+  void keep(i64 slot, i64 first, i64 rows, const float* values) const {
+    if (!is_packed(mlp(slot).down.weight)) {
+      std::copy_n(values, rows, hidden_of(slot) + first);
+      return;
+    }
+    const i64 last = first + rows == inner(slot) ? blocks_of(inner(slot)) : (first + rows) / kBlock;
+    for (i64 block = first / kBlock; block < last; ++block) {
+      const i64 from = std::min(block * kBlock - first, rows);
+      char* record = reinterpret_cast<char*>(blocks_of_slot(slot)) + block * static_cast<i64>(kRecord);
+      quant_tiles().quantise(values + from, std::min(kBlock, rows - from), record, 1, 0);
+    }
+  }
+
+  Pieces down_pieces(i64 slot, i64 first, i64 rows) const {
+    Pieces pieces;
+    pieces.piece[pieces.count++] = {&mlp(slot).down.weight, first, rows};
+    return pieces;
+  }
+
+  // Some rows of every MLP's output, weighted, summed in order, and added to x.
+  void down_task(i64 first, i64 rows, i64 next, i64 next_rows) const {
     float sum[kMaxRows] = {}, out[kMaxRows];
-    const RowOps& row = tiles().row;
-    for (i64 k = 0; k < routes.count; ++k) {
-      apply(layer.experts[routes.ids_K[k]].down, hidden + k * inner(), first, rows, out, kF32);
-      row.scale_add(sum, out, routes.weights_K[k], rows);
+    for (i64 slot = 0; slot < count(); ++slot) {
+      Pieces then;
+      if (slot + 1 < count())
+        then = down_pieces(slot + 1, first, rows);
+      else if (next >= 0)
+        then = down_pieces(0, next, next_rows);
+      multiply(down_pieces(slot, first, rows), then, row_of(slot), out);
+      const bool shared = slot == routes.count;
+      add_bias(mlp(slot).down, first, rows, out, shared ? layer.dtype : kF32);
+      if (shared) {
+        float weighted[kMaxRows] = {};
+        quant_tiles().add_scaled(weighted, out, shared_weight, rows);
+        round_to(layer.dtype, sum, rows);
+        tiles().row.add_rounded(sum, weighted, rows, layer.dtype);
+      } else {
+        quant_tiles().add_scaled(sum, out, routes.weights_K[slot], rows);
+      }
     }
-    round_to(layer.dtype, sum, rows);
-    if (layer.shared.gate.weight.data) {
-      float weighted[kMaxRows] = {};
-      apply(layer.shared.down, shared_hidden, first, rows, out, layer.dtype);
-      row.scale_add(weighted, out, shared_weight, rows);
-      row.add_rounded(sum, weighted, rows, layer.dtype);
-    }
-    row.add_rounded(x + first, sum, rows, layer.dtype);
+    tiles().row.add_rounded(x + first, sum, rows, layer.dtype);
   }
 };
+
+void check_ids(const Routes& routes, i64 experts) {
+  for (i64 k = 0; k < routes.count; ++k)
+    if (routes.ids_K[k] < 0 || routes.ids_K[k] >= experts)
+      throw std::invalid_argument("expert id " + std::to_string(routes.ids_K[k]) + " is not one of 0 to " +
+                                  std::to_string(experts - 1));
+}
 
 }  // namespace
 
@@ -225,69 +382,69 @@ void attention_step(const Attention& layer, float* x_D, const float* cosine, con
   float* h = scratch<OfStep>(2 * hidden + 2 * q_rows + 2 * kv_rows + layer.heads * splits * (d + 2));
   float *weight = h + hidden, *qkv = weight + hidden, *out_Hd = qkv + q_rows + 2 * kv_rows;
   float *parts_Hnd = out_Hd + q_rows, *max_Hn = parts_Hnd + layer.heads * splits * d;
+  float* blocks = scratch<OfBlocks>(block_floats(std::max(hidden, q_rows)));
   norm(layer.norm, layer.eps, x_D, hidden, weight, h, layer.dtype);
 
-  const Linear* parts[] = {&layer.q, &layer.k, &layer.v};
-  const i64 q_tasks = tasks_of(layer.q.weight), kv_tasks = tasks_of(layer.k.weight), step = rows_a_task(hidden);
-  parallel_for(q_tasks + 2 * kv_tasks, threads, [&](i64 i) {
-    const i64 which = i < q_tasks ? 0 : 1 + (i - q_tasks) / kv_tasks;
-    const i64 first = (which ? (i - q_tasks) % kv_tasks : i) * step;
-    const i64 rows = std::min(step, parts[which]->weight.rows - first);
-    apply(*parts[which], h, first, rows, qkv + (which ? q_rows + (which - 1) * kv_rows : 0) + first, layer.dtype);
-  });
+  const Linear *inputs[] = {&layer.q, &layer.k, &layer.v}, *output = &layer.o;
+  float* parts[] = {qkv, qkv + q_rows, qkv + q_rows + kv_rows};
+  const bool packed = is_packed(layer.q.weight) || is_packed(layer.k.weight) || is_packed(layer.v.weight);
+  apply(inputs, 3, as_row(h, hidden, blocks, packed), layer.dtype, threads,
+        [&](int which, i64 first, const float* values, i64 rows) { std::copy_n(values, rows, parts[which] + first); });
 
   const Heads heads{layer,  qkv,       cosine, sine,   cache, position, splits, out_Hd, parts_Hnd,
                     max_Hn, max_Hn + layer.heads * splits};
   parallel_for(layer.kv_heads * splits, threads, [&](i64 i) { heads.attend(i / splits, i % splits); });
   for (i64 head = 0; head < layer.heads; ++head) heads.merge(head);
 
-  const i64 o_step = rows_a_task(q_rows);
-  parallel_for(tasks_of(layer.o.weight), threads, [&](i64 i) {
-    float out[kMaxRows];
-    const i64 first = i * o_step, rows = std::min(o_step, hidden - first);
-    apply(layer.o, out_Hd, first, rows, out, layer.dtype);
-    tiles().row.add_rounded(x_D + first, out, rows, layer.dtype);
-  });
+  apply(&output, 1, as_row(out_Hd, q_rows, blocks, is_packed(layer.o.weight)), layer.dtype, threads,
+        [&](int, i64 first, const float* values, i64 rows) {
+          tiles().row.add_rounded(x_D + first, values, rows, layer.dtype);
+        });
 }
 
 void mlp_step(const Sparse& layer, float* x_D, const Routes& routes, int threads) {
   const MLP& any = layer.experts.empty() ? layer.shared : layer.experts[0];
-  const i64 hidden = any.gate.weight.cols, inner = any.gate.weight.rows, experts = layer.router.weight.rows;
-  float* h = scratch<OfStep>(2 * hidden + inner * routes.count + layer.shared.gate.weight.rows + experts + 1);
-  float *weight = h + hidden, *hidden_KF = weight + hidden, *shared_hidden = hidden_KF + inner * routes.count;
-  float *probs_E = shared_hidden + layer.shared.gate.weight.rows, *shared_gate = probs_E + experts;
+  const i64 hidden = any.gate.weight.cols, inner = layer.experts.empty() ? 0 : any.gate.weight.rows;
+  const i64 experts = layer.router.weight.rows, shared = layer.shared.gate.weight.rows;
+  float* h = scratch<OfStep>(2 * hidden + experts + 1 + inner * routes.count + shared);
+  float *weight = h + hidden, *probs_E = weight + hidden, *shared_gate = probs_E + experts;
+  float* blocks = scratch<OfBlocks>(block_floats(hidden) + routes.count * block_floats(inner) + block_floats(shared));
   norm(layer.norm, layer.eps, x_D, hidden, weight, h, layer.dtype);
 
-  const i64 router_tasks = routes.logits_E ? tasks_of(layer.router.weight) : 0, step = rows_a_task(hidden);
-  parallel_for(router_tasks + (layer.shared_gate.data ? 1 : 0), threads, [&](i64 i) {
-    if (i == router_tasks) return multiply(layer.shared_gate, h, 0, 1, shared_gate);
-    multiply(layer.router.weight, h, i * step, std::min(step, experts - i * step), routes.logits_E + i * step);
+  const bool packed = std::any_of(layer.experts.begin(), layer.experts.end(), reads_blocks) ||
+                      reads_blocks(layer.shared) || is_packed(layer.router.weight) || is_packed(layer.shared_gate);
+  const Row row = as_row(h, hidden, blocks, packed);
+  const Linear gate{layer.shared_gate, {}}, router{layer.router.weight, {}};
+  const Linear* inputs[] = {&gate, &router};
+  apply(inputs, routes.logits_E ? 2 : 1, row, kF32, threads, [&](int which, i64 first, const float* values, i64 rows) {
+    std::copy_n(values, rows, which ? routes.logits_E + first : shared_gate);
   });
   if (routes.logits_E) choose(layer.router, routes, probs_E);
-  for (i64 k = 0; k < routes.count; ++k)
-    if (routes.ids_K[k] < 0 || routes.ids_K[k] >= static_cast<i64>(layer.experts.size()))
-      throw std::invalid_argument("expert id " + std::to_string(routes.ids_K[k]) + " is not one of 0 to " +
-                                  std::to_string(static_cast<i64>(layer.experts.size()) - 1));
+  check_ids(routes, static_cast<i64>(layer.experts.size()));
 
   const float shared_weight = layer.shared_gate.data ? 1.0f / (1.0f + std::exp(-*shared_gate)) : 1.0f;
-  const Layer work{layer, routes, x_D, h, hidden_KF, shared_hidden, shared_weight};
-  const i64 expert_tasks = layer.experts.empty() ? 0 : tasks_of(any.gate.weight) * routes.count;
-  parallel_for(expert_tasks + tasks_of(layer.shared.gate.weight), threads, [&](i64 i) { work.hidden_task(i); });
-  const i64 down_step = rows_a_task(inner);
-  parallel_for(ceil_div(hidden, down_step), threads, [&](i64 i) {
-    work.down_task(i * down_step, std::min(down_step, hidden - i * down_step));
+  const Layer work{layer, routes, row, x_D, shared_gate + 1, blocks + block_floats(hidden), shared_weight};
+  i64 tasks = 0, step = kMaxRows;
+  for (i64 slot = 0; slot < work.count(); ++slot) {
+    tasks += work.hidden_tasks(slot);
+    step = std::min(step, rows_a_task(work.mlp(slot).down.weight));
+  }
+  parallel_ahead(tasks, threads, [&](i64 i, i64 next) { work.hidden_task(i, next); });
+  const auto rows_from = [&](i64 first) { return std::min(step, hidden - first); };
+  parallel_ahead(ceil_div(hidden, step), threads, [&](i64 i, i64 next) {
+    work.down_task(i * step, rows_from(i * step), next < 0 ? -1 : next * step, rows_from(next * step));
   });
 }
 
 void linear_row(const Linear& layer, const void* x, void* out, int dtype, int threads) {
-  const i64 cols = layer.weight.cols, step = rows_a_task(cols);
-  float* row = scratch<OfStep>(cols);
-  tiles().row.load[dtype](x, row, cols);
-  parallel_for(tasks_of(layer.weight), threads, [&](i64 i) {
-    float part[kMaxRows];
-    const i64 first = i * step, rows = std::min(step, layer.weight.rows - first);
-    apply(layer, row, first, rows, part, dtype);
-    tiles().row.store[dtype](part, static_cast<char*>(out) + first * static_cast<i64>(element_size(dtype)), rows);
+  const i64 cols = layer.weight.cols, width = static_cast<i64>(element_size(dtype));
+  float* values = scratch<OfStep>(cols);
+  tiles().row.load[dtype](x, values, cols);
+  const Linear* only = &layer;
+  const bool packed = is_packed(layer.weight);
+  const Row row = as_row(values, cols, packed ? scratch<OfBlocks>(block_floats(cols)) : nullptr, packed);
+  apply(&only, 1, row, dtype, threads, [&](int, i64 first, const float* part, i64 rows) {
+    tiles().row.store[dtype](part, static_cast<char*>(out) + first * width, rows);
   });
 }
 

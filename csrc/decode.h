@@ -14,7 +14,7 @@ struct Vector {
 };
 
 struct Linear {
-  Matrix weight;  // null data: there is none
+  Matrix weight;  // of any kind, in one part; null data: there is none
   Vector bias;
 };
 

@@ -24,7 +24,7 @@ using GemmTile = void (*)(const void* a, i64 a_m, i64 a_k, const void* b, i64 ld
 // The inner loops of decoding (rows.h says what each computes). Tables are indexed by DType; `dtype` is what fp32
 // results are rounded to.
 struct RowOps {
-  void (*matvec[2])(const void* weight, i64 ld, const float* x, float* out, i64 rows, i64 k);
+  void (*matvec[2])(const void* weight, i64 ld, const float* x, float* out, i64 rows, i64 k, const void* then);
   void (*scores[3])(const float* q_Gd, i64 heads, const void* k_Sd, i64 positions, i64 d, float* out_GS, i64 stride);
   void (*mix[3])(const float* p_GS, i64 stride, i64 heads, const void* v_Sd, i64 positions, i64 d, float* out_Gd);
   void (*store[3])(const float* x, void* out, i64 size);
@@ -32,9 +32,7 @@ struct RowOps {
   float (*exp_and_sum)(float* x, i64 size, float scale, float* max);
   void (*rms_norm)(const float* x, const float* weight, float eps, float* out, i64 size, int dtype);
   void (*rotate)(float* x, const float* cosine, const float* sine, i64 d, int dtype);
-  void (*silu_times)(float* gate, const float* up, i64 size, int dtype);
   void (*add_rounded)(float* y, const float* x, i64 size, int dtype);
-  void (*scale_add)(float* y, const float* x, float factor, i64 size);
 };
 
 // Tables are indexed by DType. Sums are in fp32 everywhere.

@@ -64,6 +64,19 @@ void zero_rows(void* out, i64 from, i64 to, i64 width, int dtype) {
   std::fill_n(at(out, from * width, dtype), (to - from) * width * static_cast<i64>(element_size(dtype)), '\0');
 }
 
+float activate(float x, int activation) {
+  switch (activation) {
+    case kSilu:
+      return x / (1.0f + std::exp(-x));
+    case kGelu:
+      return 0.5f * x * (1.0f + std::erf(x * 0.70710678f));
+    case kGeluTanh:
+      return 0.5f * x * (1.0f + std::tanh(0.79788456f * (x + 0.044715f * x * x * x)));
+    default:
+      return x < 0.0f ? 0.0f : x;  // a NaN passes
+  }
+}
+
 std::uint16_t to_bf16(float value) {
   std::uint32_t bits;
   std::memcpy(&bits, &value, 4);
@@ -142,19 +155,6 @@ void sum_slots(const float* parts_AD, const float* weights_TK, void* out_TD, i64
 }
 
 }  // namespace
-
-float activate(float x, int activation) {
-  switch (activation) {
-    case kSilu:
-      return x / (1.0f + std::exp(-x));
-    case kGelu:
-      return 0.5f * x * (1.0f + std::erf(x * 0.70710678f));
-    case kGeluTanh:
-      return 0.5f * x * (1.0f + std::tanh(0.79788456f * (x + 0.044715f * x * x * x)));
-    default:
-      return x < 0.0f ? 0.0f : x;  // a NaN passes
-  }
-}
 
 void grouped_mm(const void* rows_RI, const void* weight_EOI, const i64* counts_E, void* out_RO, const Grouped& s) {
   const std::vector<i64> first = first_rows(counts_E, s);

@@ -18,8 +18,6 @@ void grouped_mm_transposed(const void* rows_RO, const void* weight_EOI, const i6
 // out_EOI = Σ rows_ROᵀ · rows_RI
 void grouped_outer(const void* rows_RO, const void* rows_RI, const i64* counts_E, void* out_EOI, const Grouped& size);
 
-float activate(float x, int activation);
-
 struct Decode {
   i64 tokens, top_k, experts, hidden, inner;  // T, K, E, D, F
   bool gated;

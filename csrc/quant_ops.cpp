@@ -54,23 +54,6 @@ Workspace& workspace() {
   return memory;
 }
 
-// body(i, the task this thread does next or -1): what follows is known early enough to be prefetched.
-template <class Body>
-void parallel_ahead(i64 n, [[maybe_unused]] int threads, const Body& body) {
-  std::atomic<i64> claimed{0};
-  const auto claim = [&] {
-    const i64 i = claimed.fetch_add(1, std::memory_order_relaxed);
-    return i < n ? i : -1;
-  };
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(threads) if (threads > 1 && n > 1)
-#endif
-  {
-    i64 next;
-    for (i64 now = claim(); now >= 0; now = next) body(now, next = claim());
-  }
-}
-
 // Up to kMostTokens rows of one expert that are multiplied together; positions count rows in the experts' order.
 struct Batch {
   i64 first, count;

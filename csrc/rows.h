@@ -3,7 +3,7 @@
 // depends on its own row or head alone, so the same bits come out however the work is cut.
 #pragma once
 #include "isa.h"
-#include "vec.h"
+#include "quant_vec.h"
 
 namespace moekit {
 namespace {
@@ -78,18 +78,18 @@ inline void each_vector(i64 size, const Body& body) {
 constexpr int kRowsAtOnce = 8;
 constexpr i64 kBytesAhead = 512;
 
-// `more`: whether the next N rows follow.
+// `next`: as many rows, to prefetch from near the end of these.
 template <class E, int N>
-inline void dot_with(const E* w, i64 ld, const float* x, float* out, i64 k, bool more) {
+inline void dot_with(const E* w, i64 ld, const float* x, float* out, i64 k, const E* next) {
   constexpr i64 kAhead = kBytesAhead / static_cast<i64>(sizeof(E)), kLine = 64 / static_cast<i64>(sizeof(E));
   static_assert(kLine % kLanes == 0 || kLanes % kLine == 0);
   VecF acc[N] = {};
   i64 at = 0;
   for (; at + kLanes <= k; at += kLanes) {
     const VecF right = read(x + at);
-    const i64 ahead = at + kAhead < k ? at + kAhead : more ? at + kAhead - k + N * ld : at;
+    const E* ahead = at + kAhead < k ? w + at + kAhead : next + (at + kAhead - k);
     for (int n = 0; n < N; ++n) {
-      if (at % kLine == 0) __builtin_prefetch(w + n * ld + ahead);
+      if (at % kLine == 0) __builtin_prefetch(ahead + n * ld);
       acc[n] = read(w + n * ld + at) * right + acc[n];
     }
   }
@@ -101,11 +101,13 @@ inline void dot_with(const E* w, i64 ld, const float* x, float* out, i64 k, bool
 }
 
 template <class E>
-void matvec(const void* weight, i64 ld, const float* x, float* out, i64 rows, i64 k) {
+void matvec_rows(const void* weight, i64 ld, const float* x, float* out, i64 rows, i64 k, const void* then) {
   const E* w = static_cast<const E*>(weight);
-  for (; rows >= kRowsAtOnce; rows -= kRowsAtOnce, w += kRowsAtOnce * ld, out += kRowsAtOnce)
-    dot_with<E, kRowsAtOnce>(w, ld, x, out, k, rows >= 2 * kRowsAtOnce);
-  for (; rows; --rows, w += ld, ++out) dot_with<E, 1>(w, ld, x, out, k, rows > 1);
+  for (; rows >= kRowsAtOnce; rows -= kRowsAtOnce, w += kRowsAtOnce * ld, out += kRowsAtOnce) {
+    const E* next = rows >= 2 * kRowsAtOnce ? w + kRowsAtOnce * ld : static_cast<const E*>(then);
+    dot_with<E, kRowsAtOnce>(w, ld, x, out, k, next);
+  }
+  for (; rows; --rows, w += ld, ++out) dot_with<E, 1>(w, ld, x, out, k, w + (rows > 1 ? ld : 0));
 }
 
 // ---- attention: G query heads share one head of keys and values -----------------------------------------------
@@ -174,24 +176,6 @@ void mix(const float* p_GS, i64 stride, i64 heads, const void* v_Sd, i64 positio
 
 // ---- element by element ---------------------------------------------------------------------------------------
 
-// e^x to 2 units in the last place, by x = n·ln 2 + r and Cephes' polynomial for e^r; a NaN stays a NaN.
-inline VecF exp_of(VecF x) {
-  x = x < -87.0f ? VecF{} - 87.0f : x;
-  x = x > 88.0f ? VecF{} + 88.0f : x;
-  const VecF shifted = x * 1.44269504f + 12582912.0f;  // 1.5 · 2^23: the whole part lands in the low bits
-  const VecF n = shifted - 12582912.0f;
-  const VecF r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  VecF y = VecF{} + 1.9875691500e-4f;
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * r * r + r + 1.0f;
-  const VecF scale = (VecF)(((VecU)shifted - 0x4b400000u + 127u) << 23);
-  return y * scale;
-}
-
 // x becomes e^(x·scale − max), where max is the largest x·scale; returns the sum.
 inline float exp_and_sum(float* x, i64 size, float scale, float* max) {
   VecF most = VecF{} - __builtin_inff(), total = {};
@@ -233,24 +217,11 @@ inline void rotate(float* x, const float* cosine, const float* sine, i64 d, int 
   });
 }
 
-// gate becomes silu(gate) · up.
-inline void silu_times(float* gate, const float* up, i64 size, int dtype) {
-  each_vector(size, [&](i64 at, i64 n) {
-    const VecF g = read(gate + at, n);
-    write(gate + at, rounded(g / (1.0f + exp_of(-g)) * read(up + at, n), dtype), n);
-  });
-}
-
 // y += x, both rounded to dtype.
 inline void add_rounded(float* y, const float* x, i64 size, int dtype) {
   each_vector(size, [&](i64 at, i64 n) {
     write(y + at, rounded(read(y + at, n) + rounded(read(x + at, n), dtype), dtype), n);
   });
-}
-
-// y += factor · x
-inline void scale_add(float* y, const float* x, float factor, i64 size) {
-  each_vector(size, [&](i64 at, i64 n) { write(y + at, read(x + at, n) * factor + read(y + at, n), n); });
 }
 
 template <class E>
@@ -264,7 +235,7 @@ void load_from(const void* x, float* out, i64 size) {
 }
 
 constexpr RowOps kRowOps = {
-    {matvec<float>, matvec<BF16>},
+    {matvec_rows<float>, matvec_rows<BF16>},
     {scores<float>, scores<BF16>, scores<F16>},
     {mix<float>, mix<BF16>, mix<F16>},
     {store_as<float>, store_as<BF16>, store_as<F16>},
@@ -272,9 +243,7 @@ constexpr RowOps kRowOps = {
     exp_and_sum,
     rms_norm,
     rotate,
-    silu_times,
     add_rounded,
-    scale_add,
 };
 
 }  // namespace

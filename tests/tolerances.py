@@ -92,6 +92,9 @@ def near(what: str) -> dict[str, float]:
 WHOLE = {
     # A tiny decoder in bf16 along two paths that round at different places, each by 2⁻⁸, layer after layer.
     "bf16 decoder": 6e-2,
+    # Both ways round activations to int8 in blocks; sums in another order before that move a value near a tie by one
+    # step, 2⁻⁷ of its block's largest.
+    "packed decoder": 1e-2,
 }
 
 

@@ -13,8 +13,10 @@ from twins import TWINS, tokens, write
 
 from moekit.config import CapacityConfig, GroupLimit, ModelConfig, MoEConfig, SigmoidOptions, TopKOptions
 from moekit.kernels import cpu, forced
+from moekit.kernels.formats import Format, pack
+from moekit.kernels.quant import quant_linear, quant_moe
 from moekit.models import Decoder, KVCache, load_decoder
-from moekit.moe import MoE, RoutingRecord
+from moekit.moe import Experts, GroupedSwiGLU, MoE, RoutingRecord
 from tolerances import assert_near, near
 
 BASE = {"hidden_size": 24, "intermediate_size": 20, "num_experts": 7, "top_k": 3}
@@ -284,3 +286,57 @@ def test_two_decoders_and_sizes_do_not_share_angles():
     for decoder in (one, other):
         (logits, _), (wanted, _) = both_ways(decoder, tokens(1, 9) % 50)
         torch.testing.assert_close(logits, wanted, **near("fp32 twin"))
+
+
+# ---- packed matrices ----------------------------------------------------------------------------------------------
+
+
+class PackedLinear(nn.Module):
+    def __init__(self, linear, form):
+        super().__init__()
+        self.packed, self.bias = pack(linear.weight, form), linear.bias
+
+    def forward(self, x):
+        return quant_linear(x, self.packed, self.bias)
+
+
+class PackedExperts(Experts):
+    def __init__(self, experts, forms):
+        super().__init__()
+        self.in_bias, self.down_bias, self.activation = None, None, experts.activation
+        self.gated = isinstance(experts, GroupedSwiGLU)
+        parts = 2 if self.gated else 1
+        self.gate_up = [pack(w, f, parts) for w, f in zip(experts.in_proj, forms, strict=True)]
+        self.down = [pack(w, f) for w, f in zip(experts.down_proj, forms, strict=True)]
+
+    def decode(self, x_TD, routing):
+        args = (routing.expert_ids_TK, routing.weights_TK, self.gate_up, self.down, self.activation, self.gated)
+        return quant_moe(x_TD, *args)
+
+
+def pack_decoder(decoder, form, expert_forms):
+    """Every linear of the blocks, where a matrix stays plain in each of them: the output's or the shared up."""
+    decoder.requires_grad_(False)
+    for block in decoder.layers:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(block.attn, name, PackedLinear(getattr(block.attn, name), form))
+        if isinstance(block.mlp, MoE):
+            block.mlp.experts = PackedExperts(block.mlp.experts, expert_forms)
+            block.mlp.shared.down_proj = PackedLinear(block.mlp.shared.down_proj, form)
+            block.mlp.shared.gate_proj = PackedLinear(block.mlp.shared.gate_proj, form)
+        else:
+            block.mlp.up_proj = PackedLinear(block.mlp.up_proj, form)
+            block.mlp.down_proj = PackedLinear(block.mlp.down_proj, form)
+    return decoder
+
+
+@pytest.mark.parametrize("isa", cpu.available_isas())
+@pytest.mark.parametrize("form", ["int8", "int4", "int4-g64-asym", "nf4", "mxfp4"])
+def test_packed_matrices_beside_plain_ones(form, isa, threads):
+    moe = {**BASE, "hidden_size": 40, "intermediate_size": 50, "num_shared_experts": 1, "shared_gate": True}
+    sizes = {"hidden_size": 40, "intermediate_size": 77, "dense_layers": (1,), "attention_bias": True}
+    expert_forms = [Format.parse(form), Format.parse("int8-g32")] * 3 + [Format.parse("int4")]
+    decoder = pack_decoder(decoder_with(moe, **sizes), Format.parse(form), expert_forms)
+    with cpu.forced_isa(isa):
+        (logits, _), (wanted, _) = both_ways(decoder, tokens(1, 12) % 50)
+    assert_near(logits, wanted, "packed decoder")

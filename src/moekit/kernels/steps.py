@@ -16,6 +16,8 @@ from torch import Tensor
 
 from moekit.errors import ConfigError
 from moekit.kernels import cpu
+from moekit.kernels.formats import Packed
+from moekit.kernels.quant import KINDS
 from moekit.kernels.reference import ACTIVATIONS
 
 __all__ = [
@@ -34,9 +36,9 @@ CACHE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """A linear layer: weight (O, I), and bias (O,) or None."""
+    """A linear layer: weight (O, I), plain or packed in one part, and bias (O,) or None."""
 
-    weight: Tensor
+    weight: Tensor | Packed
     bias: Tensor | None = None
 
 
@@ -51,11 +53,11 @@ class MLPWeights:
 
 @dataclass(frozen=True, eq=False)
 class ExpertWeights:
-    """E such MLPs as stacks: in_proj (E, 2F, D), gate rows before up rows, or (E, F, D) when not gated; down (E, D, F);
-    biases (E, 2F or F) and (E, D), both or neither."""
+    """E such MLPs: in_proj (E, 2F, D), gate rows before up rows, or (E, F, D) when not gated; down (E, D, F); biases
+    (E, 2F or F) and (E, D), both or neither. Packed matrices come one an expert, gate and up as two parts."""
 
-    in_proj: Tensor
-    down: Tensor
+    in_proj: Tensor | list[Packed]
+    down: Tensor | list[Packed]
     in_bias: Tensor | None
     down_bias: Tensor | None
 
@@ -70,7 +72,7 @@ class TopKGate:
         scale: multiplies the weights in the end.
     """
 
-    weight: Tensor
+    weight: Tensor | Packed
     top_k: int
     softmax_first: bool
     normalise: bool
@@ -94,17 +96,26 @@ class _Step:
         """Where the tensors lie now."""
         return [tensor.data_ptr() for tensor in self._tensors]
 
-    def _matrix(self, weight: Tensor | None) -> Any:
+    def _matrix(self, weight: Tensor | Packed | None) -> Any:
         if weight is None:
-            return cpu.native().Matrix(0, 0, 0, 0)
-        self._tensors.append(weight)
-        return cpu.native().Matrix(weight.data_ptr(), *weight.shape, cpu.DTYPES[weight.dtype])
+            return cpu.native().Matrix(0, 0, 0, 0, 0, True)
+        return self._parts(weight, 1)[0]
+
+    def _parts(self, weight: Tensor | Packed, parts: int) -> list[Any]:
+        """A matrix cut into `parts` of equal numbers of rows; a stack (E, O, I) is one long matrix."""
+        data = weight.data if isinstance(weight, Packed) else weight
+        self._tensors.append(data)
+        if isinstance(weight, Packed):
+            form = weight.format
+            kind = (KINDS[form.kind], form.group, form.symmetric)
+            assert weight.parts == parts
+        else:
+            kind = (cpu.DTYPES[weight.dtype], 0, True)
+        rows, cols, size = weight.shape[:-1].numel() // parts, weight.shape[-1], data.nbytes // parts
+        return [cpu.native().Matrix(data.data_ptr() + part * size, rows, cols, *kind) for part in range(parts)]
 
     def _vector(self, values: Tensor | None) -> Any:
-        if values is None:
-            return cpu.native().Vector(0, 0)
-        self._tensors.append(values)
-        return cpu.native().Vector(values.data_ptr(), cpu.DTYPES[values.dtype])
+        return cpu.native().Vector(0, 0) if values is None else self._vectors(values, 1)[0]
 
     def _linear(self, weights: Weights | None) -> Any:
         if weights is None:
@@ -115,30 +126,31 @@ class _Step:
         parts = (None, None, None) if mlp is None else (mlp.gate, mlp.up, mlp.down)
         return cpu.native().MLP(*map(self._linear, parts))
 
-    def _experts(self, stacks: ExpertWeights | None) -> list[Any]:
-        if stacks is None:
+    def _experts(self, experts: ExpertWeights | None) -> list[Any]:
+        if experts is None:
             return []
-        gated = stacks.in_proj.shape[1] == 2 * stacks.down.shape[2]
-        inner = self._rows(stacks.in_proj, stacks.in_bias, parts=2 if gated else 1)
-        down = self._rows(stacks.down, stacks.down_bias, parts=1)
+        first, second = experts.in_proj, experts.down
+        in_rows, inner = (each[0].shape[dim] for each, dim in ((first, 0), (second, 1)))
+        parts, count = in_rows // inner, len(first)
         none = self._linear(None)
-        return [cpu.native().MLP(i[0], i[1] if gated else none, d[0]) for i, d in zip(inner, down, strict=True)]
+        gates_and_ups = self._linears(first, experts.in_bias, count, parts)
+        downs = self._linears(second, experts.down_bias, count, 1)
+        return [
+            cpu.native().MLP(gates_and_ups[parts * e], gates_and_ups[parts * e + 1] if parts == 2 else none, downs[e])
+            for e in range(count)
+        ]
 
-    def _rows(self, weight_EOI: Tensor, bias_EO: Tensor | None, parts: int) -> list[list[Any]]:
-        """Each expert's matrix, cut into `parts` of equal numbers of rows."""
-        experts, rows, cols = weight_EOI.shape
-        native, rows = cpu.native(), rows // parts
-        self._tensors += [weight_EOI] if bias_EO is None else [weight_EOI, bias_EO]
+    def _linears(self, weight: Tensor | list[Packed], bias_EO: Tensor | None, count: int, parts: int) -> list[Any]:
+        """Every part of every expert, in order."""
+        stack = [weight] if isinstance(weight, Tensor) else weight
+        matrices = [part for each in stack for part in self._parts(each, count * parts // len(stack))]
+        vectors = [self._vector(None)] * len(matrices) if bias_EO is None else self._vectors(bias_EO, len(matrices))
+        return [cpu.native().Linear(*pair) for pair in zip(matrices, vectors, strict=True)]
 
-        def linear(number: int) -> Any:
-            at, kind = weight_EOI.data_ptr() + number * rows * cols * weight_EOI.itemsize, cpu.DTYPES[weight_EOI.dtype]
-            matrix = native.Matrix(at, rows, cols, kind)
-            if bias_EO is None:
-                return native.Linear(matrix, native.Vector(0, 0))
-            at, kind = bias_EO.data_ptr() + number * rows * bias_EO.itemsize, cpu.DTYPES[bias_EO.dtype]
-            return native.Linear(matrix, native.Vector(at, kind))
-
-        return [[linear(expert * parts + part) for part in range(parts)] for expert in range(experts)]
+    def _vectors(self, values: Tensor, parts: int) -> list[Any]:
+        self._tensors.append(values)
+        address, size, dtype = values.data_ptr(), values.nbytes // parts, cpu.DTYPES[values.dtype]
+        return [cpu.native().Vector(address + part * size, dtype) for part in range(parts)]
 
 
 class AttentionStep(_Step):
@@ -209,7 +221,7 @@ class MLPStep(_Step):
         gate: TopKGate | None = None,
         experts: ExpertWeights | None = None,
         shared: MLPWeights | None = None,
-        shared_gate: Tensor | None = None,
+        shared_gate: Tensor | Packed | None = None,
         activation: str,
         dtype: torch.dtype,
     ) -> None:

@@ -18,6 +18,7 @@ from torch.nn.modules import module as torch_module
 
 from moekit.config import ModelConfig
 from moekit.kernels import select
+from moekit.kernels.formats import Packed
 from moekit.kernels.steps import (
     CACHE_DTYPES,
     AttentionStep,
@@ -253,11 +254,11 @@ def _mlp_step(block: Any, dtype: torch.dtype) -> MLPStep:
 
 
 def _experts(experts: Any, dtype: torch.dtype) -> ExpertWeights:
+    biases = [each if each is None else _plain(each, dtype) for each in (experts.in_bias, experts.down_bias)]
+    if isinstance(getattr(experts, "gate_up", None), list):  # the packed kind
+        return ExpertWeights([_packed(each, dtype) for each in experts.gate_up], experts.down, *biases)
     _exactly(experts, GroupedMLP, GroupedSwiGLU)
-    in_bias, down_bias = (
-        each if each is None else _plain(each, dtype) for each in (experts.in_bias, experts.down_bias)
-    )
-    return ExpertWeights(_plain(experts.in_proj, dtype), _plain(experts.down_proj, dtype), in_bias, down_bias)
+    return ExpertWeights(_plain(experts.in_proj, dtype), _plain(experts.down_proj, dtype), *biases)
 
 
 def _shared(shared: SharedExperts, dtype: torch.dtype) -> MLPWeights:
@@ -285,8 +286,17 @@ def _gate(router: Router) -> TopKGate | None:
 
 
 def _linear(module: Any, dtype: torch.dtype) -> Weights:
-    _exactly(module, Linear, nn.Linear)
-    return Weights(_plain(module.weight, dtype), None if module.bias is None else _plain(module.bias, dtype))
+    packed = getattr(module, "packed", None)
+    if not isinstance(packed, Packed):
+        _exactly(module, Linear, nn.Linear)
+    bias = None if module.bias is None else _plain(module.bias, dtype)
+    return Weights(_plain(module.weight, dtype) if packed is None else _packed(packed, dtype), bias)
+
+
+def _packed(weight: Packed, dtype: torch.dtype) -> Packed:
+    if dtype != torch.float32 or weight.data.device.type != "cpu":
+        raise _NoStepError("packed matrices multiply float32 in memory")
+    return weight
 
 
 def _norm(module: Any, eps: float) -> Tensor:
