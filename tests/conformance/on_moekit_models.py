@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from conformance.judge import said
 from conformance.on_moekit import Moekit
 from moekit import plan
-from moekit.adapt import routings, to_moe, upcycle
+from moekit.adapt import quantise, routings, to_moe, upcycle
 from moekit.config import DataConfig, ModelConfig, MoEConfig, TrainConfig, UpcycleConfig
+from moekit.errors import UnsupportedError
 from moekit.models.decoder import Decoder
 from moekit.moe import Router, Routing
 from moekit.moe.losses import load_balancing
@@ -155,6 +156,20 @@ class MoekitModels(Moekit):
         dense_FD = mlp[0].weight.detach().clone()
         model = to_moe(nn.ModuleDict({"mlp": mlp}), "mlp", num_experts=2, top_k=2, method="drop", drop_fraction=ratio)
         return dense_FD, model["mlp"].moe.experts.in_proj[0].detach()
+
+    def quantised(self) -> float:
+        """Expert bytes that the report lacks, as a share; 1 if experts it does not know are skipped without a word."""
+        model = Decoder(model_config(layer_config(num_shared_experts=1)))
+        by_hand = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
+        covered, there = quantise(model, "int4").expert_bytes
+        foreign = nn.ModuleDict({"experts": nn.Module(), "proj": nn.Linear(8, 8)})
+        foreign["experts"].gate_up_proj = nn.Parameter(torch.randn(4, 16, 8))
+        try:
+            quantise(foreign, "int4")
+        except UnsupportedError as error:
+            if "experts.gate_up_proj" in str(error):
+                return abs(covered - by_hand) / by_hand + abs(there - by_hand) / by_hand
+        return 1.0
 
     def parameter_counts(self) -> tuple[tuple[int, int], tuple[int, int]]:
         config = model_config(layer_config(num_shared_experts=1))
