@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from twins import TWINS, tokens, write
 
+from moekit.adapt.quant import quantise
 from moekit.config import CapacityConfig, GroupLimit, ModelConfig, MoEConfig, SigmoidOptions, TopKOptions
 from moekit.kernels import cpu, forced
 from moekit.kernels.formats import Format, pack
-from moekit.kernels.quant import quant_linear, quant_moe
+from moekit.kernels.quant import Matrices, quant_linear, quant_moe
 from moekit.models import Decoder, KVCache, load_decoder
 from moekit.moe import Experts, GroupedSwiGLU, MoE, RoutingRecord
 from tolerances import assert_near, near
@@ -306,8 +307,8 @@ class PackedExperts(Experts):
         self.in_bias, self.down_bias, self.activation = None, None, experts.activation
         self.gated = isinstance(experts, GroupedSwiGLU)
         parts = 2 if self.gated else 1
-        self.gate_up = [pack(w, f, parts) for w, f in zip(experts.in_proj, forms, strict=True)]
-        self.down = [pack(w, f) for w, f in zip(experts.down_proj, forms, strict=True)]
+        self.gate_up = Matrices([pack(w, f, parts) for w, f in zip(experts.in_proj, forms, strict=True)])
+        self.down = Matrices([pack(w, f) for w, f in zip(experts.down_proj, forms, strict=True)])
 
     def decode(self, x_TD, routing):
         args = (routing.expert_ids_TK, routing.weights_TK, self.gate_up, self.down, self.activation, self.gated)
@@ -340,3 +341,14 @@ def test_packed_matrices_beside_plain_ones(form, isa, threads):
     with cpu.forced_isa(isa):
         (logits, _), (wanted, _) = both_ways(decoder, tokens(1, 12) % 50)
     assert_near(logits, wanted, "packed decoder")
+
+
+@pytest.mark.parametrize("form", ["int4", "int8"])
+def test_a_quantised_decoder_takes_its_steps(form):
+    decoder = decoder_with({**BASE, "num_shared_experts": 1})
+    quantise(decoder, form)
+    (logits, routings), (wanted, wanted_routings) = both_ways(decoder, tokens(1, 12) % 50)
+    assert_near(logits, wanted, "packed decoder")
+    assert [r.expert_ids_A.tolist() for rs in routings for r in rs] == [
+        r.expert_ids_A.tolist() for rs in wanted_routings for r in rs
+    ]

@@ -19,6 +19,7 @@ from torch.nn.modules import module as torch_module
 from moekit.config import ModelConfig
 from moekit.kernels import select
 from moekit.kernels.formats import Packed
+from moekit.kernels.quant import Matrices
 from moekit.kernels.steps import (
     CACHE_DTYPES,
     AttentionStep,
@@ -255,8 +256,9 @@ def _mlp_step(block: Any, dtype: torch.dtype) -> MLPStep:
 
 def _experts(experts: Any, dtype: torch.dtype) -> ExpertWeights:
     biases = [each if each is None else _plain(each, dtype) for each in (experts.in_bias, experts.down_bias)]
-    if isinstance(getattr(experts, "gate_up", None), list):  # the packed kind
-        return ExpertWeights([_packed(each, dtype) for each in experts.gate_up], experts.down, *biases)
+    if isinstance(getattr(experts, "gate_up", None), Matrices):  # the packed kind
+        first, second = ([_packed(each, dtype) for each in m.weights] for m in (experts.gate_up, experts.down))
+        return ExpertWeights(first, second, *biases)
     _exactly(experts, GroupedMLP, GroupedSwiGLU)
     return ExpertWeights(_plain(experts.in_proj, dtype), _plain(experts.down_proj, dtype), *biases)
 
@@ -293,7 +295,10 @@ def _linear(module: Any, dtype: torch.dtype) -> Weights:
     return Weights(_plain(module.weight, dtype) if packed is None else _packed(packed, dtype), bias)
 
 
-def _packed(weight: Packed, dtype: torch.dtype) -> Packed:
+def _packed(weight: Any, dtype: torch.dtype) -> Packed:
+    """One packed matrix, which the kernels multiply with float32 alone."""
+    if not isinstance(weight, Packed) or len(weight.shape) != 2:
+        raise _NoStepError("its packed matrices are not one by one")
     if dtype != torch.float32 or weight.data.device.type != "cpu":
         raise _NoStepError("packed matrices multiply float32 in memory")
     return weight
