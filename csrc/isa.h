@@ -61,6 +61,13 @@ struct Inner {
   i64 width() const { return gated ? 2 * inner : inner; }
 };
 
+// What the next product will pack: `rows` pieces of `bytes`, `stride` apart. Fetched while this one computes, since a
+// panel's pieces lie too far apart for the CPU to foresee.
+struct Ahead {
+  const void* data = nullptr;
+  i64 rows = 0, stride = 0, bytes = 0;
+};
+
 // Products over packed panels (panels.h), and what follows each one while its result is in cache (panel_rows.h).
 // "Elements" are of the layer's type; "rows" are the operands of products, `step` numbers of `row_bytes` a word, and
 // begin at a word; c is rows × `columns` in fp32.
@@ -69,7 +76,8 @@ struct Panels {
   void (*pack_columns)(const void* first, const void* second, i64 ldb, i64 cols, i64 k, void* panel);
   void (*pack_elements)(const void* b, i64 ldb, const i64* index, i64 first, i64 cols, i64 k, void* panel);
   void (*pack_rows)(const void* b, i64 ldb, const i64* index, i64 first, i64 cols, i64 k, void* panel);
-  void (*multiply)(const void* const* a, i64 step, const void* panel, i64 rows, i64 words, float* c, bool add);
+  void (*multiply)(const void* const* a, i64 step, const void* panel, i64 rows, i64 words, float* c, bool add,
+                   const Ahead& ahead);
   // n numbers of `dtype` to a row.
   void (*to_row)(const void* from, int dtype, i64 n, void* row);
   // (words of k) × m: columns first to first + m of k rows, as words of neighbours in depth.
@@ -94,7 +102,7 @@ struct Panels {
 };
 
 extern const Panels panels_portable[2], panels_avx2[2], panels_avx512[2], panels_avx512_bf16[2];  // by DType
-extern const Panels pairs_avx512_bf16;
+extern const Panels pairs_avx512_bf16[2];  // bf16 by pairs, where others widen it
 
 struct QuantTiles;  // matrix.h
 extern const QuantTiles quant_portable, quant_avx2, quant_avx2_vnni, quant_avx512, quant_avx512_vnni;

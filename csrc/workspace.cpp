@@ -78,6 +78,15 @@ void* thread_scratch(size_t bytes) {
   return mine.block.memory;
 }
 
+void populate([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
+#if defined(MADV_POPULATE_WRITE)
+  constexpr std::uintptr_t kPage = 4096;
+  const auto begin = reinterpret_cast<std::uintptr_t>(memory) / kPage * kPage;
+  const auto end = (reinterpret_cast<std::uintptr_t>(memory) + bytes + kPage - 1) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);  // refused by old kernels: faults then
+#endif
+}
+
 void prefer_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
 #if defined(MADV_HUGEPAGE)
   const auto begin = reinterpret_cast<std::uintptr_t>(memory), whole = (begin + kLargePage - 1) / kLargePage * kLargePage;
