@@ -7,6 +7,7 @@
 #include "mlp.h"
 #include "ops.h"
 #include "quant_ops.h"
+#include "stream.h"
 
 namespace nb = nanobind;
 using namespace moekit;
@@ -142,6 +143,8 @@ NB_MODULE(_native, m) {
   bind_decode(m);
   m.def("moe_mlp", mlp);
   m.def("moe_mlp_backward", mlp_backward);
+  m.def("read_memory", [](Address data, i64 bytes, int threads) { return read_memory(pointer(data), bytes, threads); },
+        Free());
   m.def("available_isas", available_isas);
   m.def("isa", [] { return std::string(isa().name); });
   m.def("use_isa", use_isa);

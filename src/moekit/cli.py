@@ -43,7 +43,7 @@ VERBS = {
     "lint": "name the silent mistakes of a configuration before a run",
     "doctor": "check this machine and this installation",
     "study": "train many small models that differ in one thing, and compare them",
-    "bench": "measure speed beside transformers and the machine's limits",
+    "bench": "measure speed beside transformers, llama.cpp and the machine's limits",
 }
 
 QUIET = {

@@ -10,7 +10,7 @@ from moekit import bench
 from moekit.cli import main
 from moekit.commands import doctor, machine
 
-RATES = {"read_gb_s": 48.0, "gemm_fp32_gflop_s": 187.0, "gemm_bf16_gflop_s": 865.0}
+RATES = {"read_gb_s": 48.0, "gemm_fp32_gflop_s": 187.0, "gemm_bf16_gflop_s": 865.0, "gemm_int8_gflop_s": 4.0}
 
 
 def test_it_reports_and_measures(capsys):

@@ -1,6 +1,24 @@
 """Measurements of moekit beside its peers and the machine's limits."""
 
 from moekit.bench.cases import LAYER_SHAPES, LayerShape, Row, layer, limits
-from moekit.bench.limits import gemm_rate, read_bandwidth
+from moekit.bench.decoders import FAST, FULL, ModelFiles
+from moekit.bench.generation import FORMATS, GenerationRow, Workload, generation
+from moekit.bench.limits import gemm_rate, int8_gemm_rate, read_bandwidth
 
-__all__ = ["LAYER_SHAPES", "LayerShape", "Row", "gemm_rate", "layer", "limits", "read_bandwidth"]
+__all__ = [
+    "FAST",
+    "FORMATS",
+    "FULL",
+    "LAYER_SHAPES",
+    "GenerationRow",
+    "LayerShape",
+    "ModelFiles",
+    "Row",
+    "Workload",
+    "gemm_rate",
+    "generation",
+    "int8_gemm_rate",
+    "layer",
+    "limits",
+    "read_bandwidth",
+]

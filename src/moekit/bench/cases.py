@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moekit.bench.limits import gemm_rate, read_bandwidth
+from moekit.bench.limits import gemm_rate, int8_gemm_rate, read_bandwidth
 from moekit.bench.peers import transformers_layer
 from moekit.bench.timing import interleaved
 from moekit.config import MoEConfig
@@ -54,11 +54,12 @@ class Row:
 
 
 def limits() -> dict[str, float]:
-    """Reading memory in GB/s, PyTorch's matrix product in GFLOP/s."""
+    """Reading memory in GB/s, PyTorch's matrix product in GFLOP/s (int8: whole-number operations)."""
     return {
         "read_gb_s": read_bandwidth() / 1e9,
         "gemm_fp32_gflop_s": gemm_rate(torch.float32) / 1e9,
         "gemm_bf16_gflop_s": gemm_rate(torch.bfloat16) / 1e9,
+        "gemm_int8_gflop_s": int8_gemm_rate() / 1e9,
     }
 
 

@@ -10,6 +10,7 @@ import ctypes
 import logging
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any, Self, cast
 
 import numpy as np
@@ -104,6 +105,11 @@ class LlamaCpp:
         if not self._context:
             raise FileError(f"llama.cpp makes no context of {context} positions for {path}")
         self.vocab_size = int(self._api.llama_vocab_n_tokens(self._api.llama_model_get_vocab(self._model)))
+
+    @staticmethod
+    def installed() -> bool:
+        """Whether llama-cpp-python is there."""
+        return find_spec("llama_cpp") is not None
 
     def __enter__(self) -> Self:
         return self

@@ -19,7 +19,7 @@ from moekit.commands.machine import available_memory, cores, instruction_sets, r
 if TYPE_CHECKING:
     from rich.console import Console
 
-EXTRAS = {"train": ("datasets", "tensorboard", "matplotlib")}
+EXTRAS = {"train": ("datasets", "tensorboard", "matplotlib"), "peers": ("llama_cpp",)}
 """Optional parts of the package and what they install, as in pyproject.toml."""
 
 NEEDED_PYTHON, NEEDED_TORCH = (3, 11), (2, 10)
@@ -112,7 +112,7 @@ def _samples() -> Fact:
 def _rates(limits: dict[str, float]) -> Iterator[Fact]:
     """What bounds decode, and what bounds training."""
     yield Fact("memory read", f"{limits['read_gb_s']:.0f} GB/s")
-    for dtype in ("fp32", "bf16"):
+    for dtype in ("fp32", "bf16", "int8"):
         yield Fact(f"{dtype} product", f"{limits[f'gemm_{dtype}_gflop_s']:.0f} GFLOP/s")
 
 

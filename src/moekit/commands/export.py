@@ -22,7 +22,7 @@ class Options:
     """Write a model as a GGUF file, which llama.cpp and the programs built on it read."""
 
     model: ModelPath
-    """Folder in Hugging Face layout, or a .gguf file."""
+    """Folder in Hugging Face layout, a folder of `moekit pack`, or a .gguf file."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.gguf")]
     """File to write."""
     type: Type = "f16"
@@ -37,14 +37,16 @@ class Options:
 
 def run(options: Options, console: Console) -> dict[str, Any]:
     """Read and write parameter by parameter; returns the sizes and the types."""
+    from moekit.adapt import load_packed
     from moekit.commands.machine import readable_bytes
     from moekit.commands.progress import ShareProgress
     from moekit.models import StoredDecoder, tokenizer_metadata, write_gguf
+    from moekit.models.archs import is_packed
     from moekit.models.gguf_archs import gguf_metadata
 
     if Path(options.out).suffix != ".gguf":
         raise ConfigError(f"the file to write must end in .gguf, and {options.out!r} does not")
-    stored = StoredDecoder(options.model)
+    stored = load_packed(options.model) if is_packed(options.model) else StoredDecoder(options.model)
     metadata = gguf_metadata(stored.config)  # what llama.cpp cannot compute is refused before anything is read
     tokenizer = None
     if not options.no_tokenizer:

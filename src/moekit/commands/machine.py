@@ -6,7 +6,7 @@ import os
 import platform
 from pathlib import Path
 
-__all__ = ["available_memory", "cores", "instruction_sets", "readable_bytes", "total_memory"]
+__all__ = ["available_memory", "cores", "instruction_sets", "processor", "readable_bytes", "total_memory"]
 
 INSTRUCTION_SETS = {
     "avx2": "AVX2",
@@ -51,6 +51,14 @@ def instruction_sets() -> list[str]:
             flags = set(line.split(":", 1)[1].split())
             return [name for flag, name in INSTRUCTION_SETS.items() if flag in flags]
     return [platform.machine()]
+
+
+def processor() -> str:
+    """The processor's name, or the architecture where the system tells none."""
+    for line in _read("/proc/cpuinfo").splitlines():
+        if line.startswith("model name"):
+            return " ".join(line.split(":", 1)[1].split())
+    return platform.machine()
 
 
 def readable_bytes(count: float) -> str:

@@ -22,6 +22,7 @@ from moekit.config import ModelConfig
 from moekit.errors import ConfigError
 from moekit.files import replacing
 from moekit.kernels.formats import Format, Packed, integers, pack, unpack
+from moekit.kernels.quant import Matrices
 from moekit.models.decoder import Decoder
 from moekit.models.gguf_archs import GGUF_ARCHS, gguf_metadata
 from moekit.models.layout import Piece
@@ -153,7 +154,9 @@ class _InMemory:
         if isinstance(packed := getattr(module, "packed", None), Packed) and leaf == "weight":
             return [packed]
         matrices = getattr(module, leaf.removesuffix("_proj"), None)  # packed experts: gate_up and down
-        return matrices if isinstance(matrices, list) else self._decoder.get_parameter(name).detach()
+        if isinstance(matrices, Matrices):
+            return [matrix for matrix in matrices.weights if isinstance(matrix, Packed)]
+        return self._decoder.get_parameter(name).detach()
 
 
 def _plan(config: ModelConfig, kind: str, vocabulary: str) -> dict[str, list[_Tensor]]:
