@@ -1,6 +1,7 @@
 """`moekit doctor`: its verdict, and the table of extras against the package's own metadata."""
 
 import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def test_a_missing_extra_names_the_pip_command(monkeypatch):
 def test_extras_are_those_of_the_package():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     for extra, packages in doctor.EXTRAS.items():
-        assert [line.split(">=")[0] for line in project["optional-dependencies"][extra]] == list(packages)
+        assert [re.split("[>=]=", line)[0] for line in project["optional-dependencies"][extra]] == list(packages)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib.metadata
 import os
 import platform
 import shutil
@@ -19,7 +19,7 @@ from moekit.commands.machine import available_memory, cores, instruction_sets, r
 if TYPE_CHECKING:
     from rich.console import Console
 
-EXTRAS = {"train": ("datasets", "tensorboard", "matplotlib"), "peers": ("llama_cpp",)}
+EXTRAS = {"train": ("datasets", "tensorboard", "matplotlib"), "peers": ("llama-cpp-python",)}
 """Optional parts of the package and what they install, as in pyproject.toml."""
 
 NEEDED_PYTHON, NEEDED_TORCH = (3, 11), (2, 10)
@@ -98,7 +98,7 @@ def _machine() -> Iterator[Fact]:
 
 def _extras() -> Iterator[Fact]:
     for extra, packages in EXTRAS.items():
-        missing = [package for package in packages if importlib.util.find_spec(package) is None]
+        missing = [package for package in packages if not any(importlib.metadata.distributions(name=package))]
         remedy = f"; pip install 'moekit[{extra}]'" if missing else ""
         yield Fact(f"extra {extra}", f"lacks {', '.join(missing)}{remedy}" if missing else "installed")
 
