@@ -148,6 +148,7 @@ NB_MODULE(_native, m) {
   m.def("available_isas", available_isas);
   m.def("isa", [] { return std::string(isa().name); });
   m.def("use_isa", use_isa);
+  m.def("quant_products", [] { return std::string(quant_tiles().products); });
 #if defined(_OPENMP)
   m.attr("threaded") = true;
 #else

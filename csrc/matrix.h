@@ -93,6 +93,7 @@ inline int format_index(const Matrix& m) { return m.kind == kInt4 && !m.symmetri
 
 // What every instruction set provides.
 struct QuantTiles {
+  const char* products;  // how whole numbers are multiplied, for people
   QuantTile tile[kFormats][kTokenSizes][3];  // of 1, 2, 4 strips; null where there is no such tile
   // 32 columns (fewer: the rest are zeros) of row t of the T of a record
   void (*quantise)(const float* x, i64 n, void* record, int tokens, int t);

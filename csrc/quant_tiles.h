@@ -317,6 +317,7 @@ void plain(const float* const* x, i64 tokens, const void* weight, i64 cols, i64 
   }
 #define MOEKIT_QUANT_TILES(NAME)                                                                                    \
   const moekit::QuantTiles moekit::quant_##NAME = {                                                                 \
+      moekit::kProducts,                                                                                            \
       {MOEKIT_QUANT_FORMAT(0), MOEKIT_QUANT_FORMAT(1), MOEKIT_QUANT_FORMAT(2), MOEKIT_QUANT_FORMAT(3),              \
        MOEKIT_QUANT_FORMAT(4)},                                                                                     \
       moekit::quantise_block,                                                                                       \

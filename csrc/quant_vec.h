@@ -24,6 +24,18 @@ constexpr bool kSignTrick = false;
 constexpr bool kSignTrick = true;
 #endif
 
+#if defined(__AVX512VNNI__)
+constexpr char kProducts[] = "vpdpbusd on 512 bits";
+#elif defined(__AVXVNNI__)
+constexpr char kProducts[] = "vpdpbusd on 256 bits";
+#elif defined(__AVX512F__)
+constexpr char kProducts[] = "vpmaddubsw on 512 bits, for want of VNNI";
+#elif defined(__AVX2__)
+constexpr char kProducts[] = "vpmaddubsw on 256 bits, for want of VNNI";
+#else
+constexpr char kProducts[] = "plain C++, for want of AVX2";
+#endif
+
 // sums + Σ_j codes[4r + j] · a_j, where the word `a` holds four int8.
 inline VecI dot_codes(VecI sums, VecB codes, std::int32_t a) {
 #if defined(__AVX512VNNI__)

@@ -18,6 +18,15 @@ TOLERANCES = {
     ("moe_mlp", torch.float32): 1e-5,
     # Pre-activations are kept in bf16 for the gradient (2⁻⁸), which gate and up then multiply; the output is rounded.
     ("moe_mlp", torch.bfloat16): 2e-2,
+    # Blocks of 32 columns are summed in whole numbers, and these sums in fp32 in the order of the columns.
+    ("quant", torch.float32): 3e-6,
+    # The hidden row is rounded to int8: one that differs in its last fp32 bit may fall on the other side of a tie,
+    # one step of 1/127 of its block's largest, in one of F terms.
+    ("quant layer", torch.float32): 5e-3,
+    # What int8 activations cost, in the norm: a step is 1/127 of the largest of 32, some 2.1 σ of a normal row, and
+    # rounding is uniform over it: 2.1 / 127 / √12 = 0.5 %. NF4's levels to n/127 add 1/254/√3 of a group's largest,
+    # some 2.4 σ of a weight: 0.5 % more. Rows of few columns deviate from these means.
+    ("quant rounding", torch.float32): 1.5e-2,
     # PyTorch's fp64 products in another order.
     ("kernels", torch.float64): 1e-13,
     ("decode", torch.float64): 1e-13,

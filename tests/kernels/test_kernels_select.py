@@ -100,7 +100,7 @@ def test_a_missing_library_is_an_error_when_forced_and_told_otherwise(without_li
     with pytest.raises(BackendError, match="the native kernels are not built"):
         cpu.isa()
     assert torch.equal(kernels.grouped_mm(*grouped()), torch.full((3, 5), 4.0))
-    assert {choice.backend for choice in kernels.explain()} == {"reference", "blas"}
+    assert {choice.backend for choice in kernels.explain()} == {"reference", "blas", "none"}
     assert "not built" in str(kernels.explain())
 
 
@@ -124,8 +124,9 @@ except BackendError:
 
 def test_explain_tells_every_op_and_agrees_with_the_choice():
     explanation = kernels.explain()
-    assert {choice.op for choice in explanation} == {*select.OPS, "decode step"}
-    for choice in explanation:
+    assert {choice.op for choice in explanation} == {*select.OPS, "decode step", "quantised"}
+    assert explanation[-1].backend == select.choose_quantised(CPU)
+    for choice in explanation[:-1]:
         dtype = getattr(torch, choice.dtype)
         if choice.op == "decode step":
             assert (choice.backend == "cpu") == (select.step_obstacle(CPU, dtype) is None)

@@ -34,6 +34,7 @@ __all__ = [
     "moe_mlp_backward",
     "native",
     "num_threads",
+    "quant_products",
     "unavailable",
 ]
 
@@ -78,6 +79,12 @@ def isa() -> str:
     """The instruction set in use."""
     name: str = native().isa()
     return name
+
+
+def quant_products() -> str:
+    """How codes and activations are multiplied on the instruction set in use."""
+    words: str = native().quant_products()
+    return words
 
 
 @contextmanager

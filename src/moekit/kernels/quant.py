@@ -1,8 +1,9 @@
-"""Products with matrices in any format, by the native kernels on a CPU; `reference` here is their twin.
+"""Products with matrices in any format, by the native kernels on a CPU; with `forced("reference")` by their twins here.
 
-Activations are rounded to int8 once a row, in blocks of 32 columns with a scale each, and multiplied with the codes
-in whole numbers. Nothing but this rounding, the NF4 levels' (to n/127) and fp32 sums lies between these functions and
-`formats.unpack`; the numbers do not depend on how many rows come together, nor on the number of threads.
+In the kernels activations are rounded to int8 once a row, in blocks of 32 columns with a scale each, and multiplied
+with the codes in whole numbers. Nothing but this rounding, the NF4 levels' (to n/127) and fp32 sums lies between them
+and the twins, which multiply `formats.unpack` in fp32. Their numbers depend neither on how many rows come together, nor
+on the number of threads. A row with NaN or infinity gives NaN.
 
 Shapes as in reference.py.
 """
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from moekit.errors import ConfigError
-from moekit.kernels import cpu
+from moekit.kernels import cpu, select
 from moekit.kernels.formats import Packed, unpack
-from moekit.kernels.reference import ACTIVATIONS
+from moekit.kernels.reference import ACTIVATIONS, activate, groups
 
 __all__ = ["Matrices", "quant_grouped_mm", "quant_linear", "quant_moe"]
 
@@ -38,24 +39,19 @@ class Matrices:
 
     def __init__(self, weights: Weights | Sequence[Weights]) -> None:
         self.weights = [weights] if isinstance(weights, Tensor | Packed) else list(weights)
-        rows = [row for weight in self.weights for row in _fields(weight)]
-        if len({row[1:3] for row in rows}) > 1 or len({row[5] for row in rows if row[3] in KINDS.values()}) > 1:
-            raise ConfigError("the matrices of one op must have one shape and one number of parts")
-        self.halves = all(row[5] == 2 or row[3] not in KINDS.values() for row in rows)
-        self.fields_E7 = torch.tensor(rows, dtype=torch.int64).view(-1, 7)
-        self.count, self.rows, self.cols = (len(rows), *rows[0][1:3]) if rows else (0, 0, 0)
+        self.fields_E7 = _table(self.weights)
+        self.count = self.fields_E7.shape[0]
+        self.rows, self.cols = self.weights[0].shape[-2:] if self.weights else (0, 0)
 
     @classmethod
     def of(cls, weights: Matrices | Weights | Sequence[Weights]) -> Matrices:
-        """`weights` themselves when they are Matrices; those of a Packed are kept with it."""
-        if isinstance(weights, Matrices):
-            return weights
-        if not isinstance(weights, Packed):
-            return cls(weights)
-        if "_matrices" not in weights.__dict__:
-            weights.__dict__["_matrices"] = cls(weights)
-        found: Matrices = weights.__dict__["_matrices"]
-        return found
+        """`weights` themselves when they are Matrices."""
+        return weights if isinstance(weights, Matrices) else cls(weights)
+
+    @property
+    def halves(self) -> bool:
+        """Whether every packed one has two parts."""
+        return all(weight.parts == 2 for weight in self.weights if isinstance(weight, Packed))
 
     def dense(self, index: int) -> Tensor:
         """One matrix in fp32, (O, I)."""
@@ -123,6 +119,8 @@ def quant_moe(
     first, second = Matrices.of(gate_up), Matrices.of(down)
     _check_moe(x_TD, expert_ids_TK, weights_TK, first, second, activation, gated)
     x, ids, weights = x_TD.float().contiguous(), expert_ids_TK.contiguous(), weights_TK.float().contiguous()
+    if select.choose_quantised(x.device) == "reference":
+        return _twin_moe(x, ids, weights, first, second, activation, gated).to(x_TD.dtype)
     out_TD = torch.empty_like(x)
     sizes = (*ids.shape, first.count, second.rows, second.cols, gated, ACTIVATIONS.index(activation))
     cpu.call("quant_moe", [x, ids, weights, first.fields_E7, second.fields_E7, out_TD], sizes)
@@ -136,6 +134,8 @@ class _Grouped(torch.autograd.Function):
     def forward(ctx: Any, rows_RI: Tensor, matrices: Matrices, counts_E: Tensor) -> Tensor:
         ctx.matrices, ctx.counts = matrices, counts_E
         rows, counts = rows_RI.detach().float().contiguous(), counts_E.contiguous()
+        if select.choose_quantised(rows.device) == "reference":
+            return _twin_grouped_mm(rows, matrices, counts).to(rows_RI.dtype)
         out_RO = rows.new_empty(rows.shape[0], matrices.rows)
         sizes = (rows.shape[0], matrices.count, matrices.rows, matrices.cols)
         cpu.call("quant_grouped_mm", [rows, matrices.fields_E7, counts, out_RO], sizes)
@@ -143,12 +143,52 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, None, None]:
-        grads = [
-            part.float() @ ctx.matrices.dense(expert) if len(part) else part.new_empty(0, ctx.matrices.cols).float()
-            for expert, part in enumerate(grad_RO[: int(ctx.counts.sum())].split(ctx.counts.tolist()))
-        ]
-        spare = grad_RO.new_zeros(grad_RO.shape[0] - int(ctx.counts.sum()), ctx.matrices.cols, dtype=torch.float32)
-        return torch.cat([*grads, spare]).to(grad_RO.dtype), None, None
+        matrices = ctx.matrices
+        grad_RI = grad_RO.new_zeros(grad_RO.shape[0], matrices.cols)
+        for expert, start, stop in groups(ctx.counts, grad_RO.shape[0]):
+            grad_RI[start:stop] = grad_RO[start:stop].float() @ matrices.dense(expert)
+        return grad_RI, None, None
+
+
+def _twin_grouped_mm(rows_RI: Tensor, matrices: Matrices, counts_E: Tensor) -> Tensor:
+    out_RO = rows_RI.new_zeros(rows_RI.shape[0], matrices.rows)
+    for expert, start, stop in groups(counts_E, rows_RI.shape[0]):
+        out_RO[start:stop] = rows_RI[start:stop] @ matrices.dense(expert).T
+    return out_RO
+
+
+def _twin_moe(
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up: Matrices, down: Matrices, act: str, gated: bool
+) -> Tensor:
+    out_TD = torch.zeros_like(x_TD)
+    for expert in ids_TK.unique().tolist():
+        if not 0 <= expert < up.count:
+            raise ConfigError(f"quant_moe: expert id {expert} is not one of 0 to {up.count - 1}")
+        token, slot = (ids_TK == expert).nonzero(as_tuple=True)
+        hidden = x_TD[token] @ up.dense(expert).T
+        if gated:
+            gate, hidden = hidden.chunk(2, dim=1)
+            hidden = activate(gate, act) * hidden
+        else:
+            hidden = activate(hidden, act)
+        out_TD.index_add_(0, token, weights_TK[token, slot, None] * (hidden @ down.dense(expert).T))
+    return out_TD
+
+
+def _table(weights: list[Weights]) -> Tensor:
+    """(E, 7) int64, a row for each matrix. That of a single Packed is kept with it, for as long as its bytes stay where
+    they are: those of a copy of it do not."""
+    if len(weights) == 1 and isinstance(weights[0], Packed):
+        packed, address = weights[0], weights[0].data.data_ptr()
+        if packed.__dict__.get("_table", (None,))[0] != address:
+            packed.__dict__["_table"] = (address, torch.tensor(_fields(packed), dtype=torch.int64).view(-1, 7))
+        table: Tensor = packed.__dict__["_table"][1]
+        return table
+    rows = [row for weight in weights for row in _fields(weight)]
+    if len({row[1:3] for row in rows}) > 1 or len({w.parts for w in weights if isinstance(w, Packed)}) > 1:
+        raise ConfigError("the matrices of one op must have one shape and one number of parts")
+    parts = max((row[5] for row in rows), default=1)  # a plain matrix is cut where the packed ones are
+    return torch.tensor([(*row[:5], parts, row[6]) for row in rows], dtype=torch.int64).view(-1, 7)
 
 
 def _fields(weight: Weights) -> list[tuple[int, ...]]:

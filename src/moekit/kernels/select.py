@@ -28,6 +28,7 @@ __all__ = [
     "Choice",
     "Explanation",
     "choose",
+    "choose_quantised",
     "explain",
     "fast_bf16",
     "forced",
@@ -112,6 +113,15 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, rows: int, experts
     return _decide(op, device, dtype, rows, experts)[0]
 
 
+def choose_quantised(device: torch.device) -> str:
+    """The same for every op of quant.py: the native kernels, or the reference where it is forced.
+
+    Raises:
+        BackendError: neither can run here.
+    """
+    return _decide_quantised(device)[0]
+
+
 def run(op: str, experts: int, *args: Any) -> Tensor:
     """Call `op` on the chosen backend; the first argument holds the rows."""
     rows: Tensor = args[0]
@@ -149,7 +159,7 @@ def explain() -> Explanation:
     """Which backend runs each op on this machine, for few and for many rows an expert, and why.
 
     >>> sorted({choice.op for choice in explain()})
-    ['decode step', 'grouped_mm', 'grouped_mm_transposed', 'grouped_outer', 'moe_decode', 'moe_mlp']
+    ['decode step', 'grouped_mm', 'grouped_mm_transposed', 'grouped_outer', 'moe_decode', 'moe_mlp', 'quantised']
     """
     choices = Explanation()
     for op in OPS:
@@ -162,7 +172,25 @@ def explain() -> Explanation:
         reason = "forced" if _forced else obstacle or "one new token: a block in two native calls (models/steps.py)"
         backend = "reference" if obstacle else "cpu"
         choices.append(Choice("decode step", str(dtype).removeprefix("torch."), 1, backend, reason))
+    choices.append(Choice("quantised", "any", 1, *_explain_quantised()))
     return choices
+
+
+def _decide_quantised(device: torch.device) -> tuple[str, str]:
+    """(backend, reason)."""
+    obstacle = f"the tensors are on {device.type}" if device.type != "cpu" else cpu.unavailable()
+    if _forced == "reference":
+        return "reference", "forced"
+    if _forced == "blas" or obstacle:
+        raise BackendError(f"no {_forced or 'cpu'} backend for quantised matrices: {obstacle or 'it has no such op'}")
+    return "cpu", f"int8 activations by {cpu.quant_products()}"
+
+
+def _explain_quantised() -> tuple[str, str]:
+    try:
+        return _decide_quantised(torch.device("cpu"))
+    except BackendError as error:
+        return "none", str(error)
 
 
 def _decide(op: str, device: torch.device, dtype: torch.dtype, rows: int, experts: int) -> tuple[str, str]:
