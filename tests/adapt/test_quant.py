@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -147,6 +148,19 @@ def test_copies_states_and_moves():
     assert twin.layers[0].attn.q_proj.data.dtype == torch.uint8
 
 
+def test_a_copy_multiplies_with_its_own_bytes():
+    layer = MoE(MoEConfig(hidden_size=32, intermediate_size=16, num_experts=4, top_k=2, num_shared_experts=1))
+    quantise(layer, "int4")
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        want = layer(x)[0]  # the addresses are kept from here on
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            for buffer in twin.buffers():
+                buffer.zero_()
+            assert not twin(x)[0].any()
+        assert torch.equal(layer(x)[0], want)
+
+
 def test_a_state_of_another_format_is_refused():
     model, other = tiny_model(), tiny_model()
     quantise(model.decoder, "int4")
@@ -164,7 +178,7 @@ def test_the_report_lists_every_parameter_once():
     assert report.bytes_before == nbytes
     assert report.expert_bytes == (4 * 4 * 3 * 32 * 16 * 2, 4 * 4 * 3 * 32 * 16 * 2)
     by_name = {each.name: each for each in report.packed}
-    assert by_name["layers.0.mlp.experts.down_proj"].format == "2 × int8-g128, 2 × int4-g32"
+    assert by_name["layers.0.mlp.experts.down_proj"].format == "2 × int8-g64, 2 × int4-g32"
     assert report.worst(1)[0].error == max(each.error for each in report.packed)
     reasons = {each.name: each.why for each in report.kept}
     assert "a router" in reasons["layers.0.mlp.router.weight"]

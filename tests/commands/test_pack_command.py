@@ -41,7 +41,7 @@ def test_quality_and_hot_experts(folders, tmp_path, capsys, text):
     assert quality["rise"] == pytest.approx(quality["after"] / quality["before"] - 1)
     assert 0 < quality["kl"] < 1
     formats = packed_formats(moekit.load(tmp_path / "out").decoder)
-    hot = [name for name, format in formats.items() if ".expert_" in name and format == "int8-g128"]
+    hot = [name for name, format in formats.items() if ".expert_" in name and format == "int8-g64"]
     assert [name.split(".")[1] for name in hot] == ["0", "1"]  # one of four experts in each layer
     report = cli.main(["eval", str(tmp_path / "out"), "--data", str(text)])
     assert report == 0

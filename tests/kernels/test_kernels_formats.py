@@ -39,7 +39,7 @@ formats_of_all_kinds = st.sampled_from(NAMES).map(Format.parse)
 def test_names_say_kind_group_and_symmetry():
     assert [str(Format.parse(name)) for name in NAMES] == list(NAMES)
     assert Format.parse("int4") == Format("int4", 32)
-    assert Format.parse("int8") == Format("int8", 128)
+    assert Format.parse("int8") == Format("int8", 64)
     assert Format.parse("nf4-g64") == Format.parse("nf4")
     assert Format.parse("int4-asym") == Format("int4", 32, symmetric=False)
 

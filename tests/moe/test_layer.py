@@ -119,7 +119,7 @@ def test_any_size(experts, hidden, inner, tokens, data):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decode_gives_the_same_numbers_as_the_sorted_path(dtype):
-    layer = make(dtype, hidden_size=32, intermediate_size=24, num_experts=8)
+    layer = make(dtype, hidden_size=32, intermediate_size=24, num_experts=8).eval()
     tokens = min(kernels.MOE_DECODE_MAX_TOKENS, 6)
     x = torch.randn(tokens, 32).to(dtype)
     with torch.no_grad():
@@ -132,11 +132,13 @@ def test_decode_gives_the_same_numbers_as_the_sorted_path(dtype):
 
 
 def test_the_sorted_path_is_taken_for_many_tokens_and_for_training():
-    layer = make(torch.float32)
+    layer = make(torch.float32).eval()
     few, many = torch.randn(1, 12), torch.randn(kernels.MOE_DECODE_MAX_TOKENS + 1, 12)
     assert not layer.experts.can_decode(few, layer.router(few))  # gradients are wanted
     with torch.no_grad():
         assert not layer.experts.can_decode(many, layer.router(many))
+        assert layer.experts.can_decode(few, layer.router(few))
+        assert not layer.train().experts.can_decode(few, layer.router(few))  # a checkpoint's first pass
 
 
 def test_a_token_alone_equals_the_same_token_in_a_batch_and_combine_repeats_bit_for_bit():

@@ -121,12 +121,12 @@ def test_what_routers_count_and_learn_is_counted_once(mode):
             for _ in range(3):
                 totals = []
                 for _ in range(2):
-                    x = torch.randn(18, 5, requires_grad=True)  # past `moe_decode`, which has other rounding
+                    x = torch.randn(9, 5, requires_grad=True)
                     if how is None:
                         y, kept, chosen = run(x)
                     else:
                         y, kept, chosen = checkpoint(RoutingRecord().wrap(run), x, **MODES[how])
-                    totals.append(RoutingTotals(chosen, kept, tokens=18))
+                    totals.append(RoutingTotals(chosen, kept, tokens=9))
                     y.square().sum().backward()
                 layer.router.after_step(totals[0] + totals[1])
                 total = total + totals[0].chosen_E + totals[1].chosen_E

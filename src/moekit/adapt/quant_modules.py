@@ -239,7 +239,7 @@ class QuantExperts(_Quantised, Experts):
         return max(errors)
 
     def format_of(self, name: str) -> str:
-        """int4-g32, or "16 × int8-g128, 48 × int4-g32" where experts differ."""
+        """int4-g32, or "16 × int8-g64, 48 × int4-g32" where experts differ."""
         counts = {str(format): self.formats.count(format) for format in self.formats}
         if len(counts) == 1:
             return str(self.formats[0])

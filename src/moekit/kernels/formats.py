@@ -28,7 +28,7 @@ from moekit.kernels.rounding import MXFP4_VALUES, NF4_LEVELS, QUANTISE, STRIP, p
 
 __all__ = ["Format", "Packed", "integers", "pack", "relative_error", "unpack"]
 
-GROUPS = {"int8": (128, 64, 32), "int4": (32, 64, 128), "nf4": (64,), "mxfp4": (32,)}  # the default first
+GROUPS = {"int8": (64, 32, 128), "int4": (32, 64, 128), "nf4": (64,), "mxfp4": (32,)}  # the default first
 _CHUNK = 1 << 18  # elements converted at a time: their temporaries stay in cache
 
 
@@ -39,7 +39,7 @@ class Format:
     >>> Format.parse("int4-g64-asym")
     Format(kind='int4', group=64, symmetric=False)
     >>> str(Format.parse("int8")), str(Format.parse("nf4"))
-    ('int8-g128', 'nf4')
+    ('int8-g64', 'nf4')
     """
 
     kind: str

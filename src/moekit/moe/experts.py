@@ -104,9 +104,11 @@ class GroupedMLP(Experts):
         return y_TD.to(x_TD.dtype)
 
     def can_decode(self, x_TD: Tensor, routing: Routing) -> bool:
-        """Whether `decode` may stand in for dispatch, experts and combine for this input."""
+        """Whether `decode` may stand in for dispatch, experts and combine for this input. Not in training: the first
+        pass of a reentrant checkpoint has no gradient either, and must give the bits of the second, which has."""
         return (
-            x_TD.shape[0] <= kernels.MOE_DECODE_MAX_TOKENS
+            not self.training
+            and x_TD.shape[0] <= kernels.MOE_DECODE_MAX_TOKENS
             and routing.top_k is not None
             and self.in_bias is None
             and not torch.is_grad_enabled()
