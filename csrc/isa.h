@@ -61,13 +61,6 @@ struct Inner {
   i64 width() const { return gated ? 2 * inner : inner; }
 };
 
-// What the next product will pack: `rows` pieces of `bytes`, `stride` apart. Fetched while this one computes, since a
-// panel's pieces lie too far apart for the CPU to foresee.
-struct Ahead {
-  const void* data = nullptr;
-  i64 rows = 0, stride = 0, bytes = 0;
-};
-
 // Products over packed panels (panels.h), and what follows each one while its result is in cache (panel_rows.h).
 // "Elements" are of the layer's type; "rows" are the operands of products, `step` numbers of `row_bytes` a word, and
 // begin at a word; c is rows × `columns` in fp32.
@@ -76,8 +69,7 @@ struct Panels {
   void (*pack_columns)(const void* first, const void* second, i64 ldb, i64 cols, i64 k, void* panel);
   void (*pack_elements)(const void* b, i64 ldb, const i64* index, i64 first, i64 cols, i64 k, void* panel);
   void (*pack_rows)(const void* b, i64 ldb, const i64* index, i64 first, i64 cols, i64 k, void* panel);
-  void (*multiply)(const void* const* a, i64 step, const void* panel, i64 rows, i64 words, float* c, bool add,
-                   const Ahead& ahead);
+  void (*multiply)(const void* const* a, i64 step, const void* panel, i64 rows, i64 words, float* c, bool add);
   // n numbers of `dtype` to a row.
   void (*to_row)(const void* from, int dtype, i64 n, void* row);
   // (words of k) × m: columns first to first + m of k rows, as words of neighbours in depth.

@@ -89,14 +89,13 @@ class Layer {
   Rows token_rows(Workspace& memory, const void* from, int dtype) const;
   std::vector<Task> row_tasks(i64 parts) const;
   void multiply_rows(const Rows& rows, const i64* index, i64 from, i64 count, const void* panel, i64 depth,
-                     float* c, const Ahead& ahead) const;
+                     float* c) const;
   void activate(const Rows& x, const Rows& hidden, void* pre_AG) const;
   void activate_backward(const Rows& grad, const void* pre_AG, const Rows& grad_pre, const Rows& weighted,
                          float* parts) const;
   using Pack = std::function<void(i64 expert, i64 first, i64 cols, void* panel)>;
-  using Where = std::function<Ahead(i64 expert, i64 first, i64 cols)>;  // what Pack will read
   void sum_by_token(const Rows& rows, i64 depth, const float* weights, const void* bias_ED, void* out_TD, int dtype,
-                    const Pack& pack, const Where& where) const;
+                    const Pack& pack) const;
   struct Side {
     Rows rows;
     i64 width;
@@ -138,24 +137,16 @@ std::vector<Task> Layer::row_tasks(i64 parts) const {
 
 // c (count × columns) = rows `from` on, or those that the index names from there on, times a panel.
 void Layer::multiply_rows(const Rows& rows, const i64* index, i64 from, i64 count, const void* panel, i64 depth,
-                          float* c, const Ahead& ahead) const {
+                          float* c) const {
   const void* a[kRowsATask];
   for (i64 r = 0; r < count; ++r) a[r] = row(rows, index ? index[from + r] : from + r);
-  p_.multiply(a, 1, panel, count, words(depth), c, false, ahead);
+  p_.multiply(a, 1, panel, count, words(depth), c, false);
 }
 
 void Layer::activate(const Rows& x, const Rows& hidden, void* pre_AG) const {
   const i64 cols = s_.inner.gated ? p_.columns / 2 : p_.columns, inner = s_.inner.inner, width = s_.inner.width();
   const std::vector<Task> tasks = row_tasks(chunks(inner, cols));
   const i64 panel_bytes = words(s_.hidden) * p_.columns * 4;
-  // The task that this thread will probably take next; in the gated layout its gate half.
-  const auto ahead = [&](const Task& t, i64 r, i64 count, i64 i) {
-    if (r + count < t.row + t.rows || i + s_.threads >= static_cast<i64>(tasks.size())) return Ahead{};
-    const Task& next = tasks[i + s_.threads];
-    const i64 row_bytes = s_.hidden * static_cast<i64>(element_size(s_.dtype)), first = next.part * cols;
-    return Ahead{element(in_.in_proj_EGD, (next.expert * width + first) * s_.hidden), std::min(cols, inner - first),
-                 row_bytes, row_bytes};
-  };
   parallel_for(static_cast<i64>(tasks.size()), s_.threads, [&](i64 i) {
     const Task& t = tasks[i];
     char* panel = static_cast<char*>(thread_scratch(panel_bytes + kRowsATask * p_.columns * 4));
@@ -167,7 +158,7 @@ void Layer::activate(const Rows& x, const Rows& hidden, void* pre_AG) const {
     const void* bias = in_.in_bias_EG ? element(in_.in_bias_EG, t.expert * width) : nullptr;
     for (i64 r = t.row; r < t.row + t.rows; r += kRowsATask) {
       const i64 count = std::min(kRowsATask, t.row + t.rows - r);
-      multiply_rows(x, order_.tokens.data(), r, count, panel, s_.hidden, c, ahead(t, r, count, i));
+      multiply_rows(x, order_.tokens.data(), r, count, panel, s_.hidden, c);
       p_.activate(c, count, first, some, bias, pre_AG ? element(pre_AG, r * width) : nullptr, row(hidden, r),
                   hidden.ld, s_.inner);
     }
@@ -177,7 +168,7 @@ void Layer::activate(const Rows& x, const Rows& hidden, void* pre_AG) const {
 // out_t = Σ over the token's rows of weight · (row · B_expert + bias). A task owns some columns of some tokens and
 // goes through the experts in order, so that nothing is shared and every sum has one order.
 void Layer::sum_by_token(const Rows& rows, i64 depth, const float* weights, const void* bias_ED, void* out_TD,
-                         int dtype, const Pack& pack, const Where& where) const {
+                         int dtype, const Pack& pack) const {
   const i64 parts = chunks(s_.hidden, p_.columns);
   const i64 splits = std::max<i64>(1, std::max(chunks(s_.tokens, kTokensATask),
                                                std::min(chunks(2 * s_.threads, std::max<i64>(parts, 1)),
@@ -200,8 +191,7 @@ void Layer::sum_by_token(const Rows& rows, i64 depth, const float* weights, cons
       pack(e, first, cols, panel);
       for (i64 r = r0; r < r1; r += kRowsATask) {
         const i64 count = std::min(kRowsATask, r1 - r);
-        const bool last = r + count == r1 && e + 1 < s_.experts;
-        multiply_rows(rows, nullptr, r, count, panel, depth, c, last ? where(e + 1, first, cols) : Ahead{});
+        multiply_rows(rows, nullptr, r, count, panel, depth, c);
         p_.add_to_tokens(c, count, &order_.tokens[r], from, weights ? weights + r : nullptr,
                          bias_ED ? element(bias_ED, e * s_.hidden + first) : nullptr, cols, sums);
       }
@@ -220,11 +210,6 @@ void Layer::forward(void* out_TD, void* pre_AG) {
                [&](i64 expert, i64 first, i64 cols, void* panel) {
                  const char* weight = element(in_.down_proj_EDF, (expert * s_.hidden + first) * inner);
                  p_.pack_columns(weight, nullptr, inner, cols, inner, panel);
-               },
-               [&](i64 expert, i64 first, i64 cols) {
-                 const i64 row_bytes = inner * static_cast<i64>(element_size(s_.dtype));
-                 return Ahead{element(in_.down_proj_EDF, (expert * s_.hidden + first) * inner), cols, row_bytes,
-                              row_bytes};
                });
 }
 
@@ -235,13 +220,6 @@ void Layer::activate_backward(const Rows& grad, const void* pre_AG, const Rows& 
   const std::vector<Task> tasks = row_tasks(count);
   const i64 panel_bytes = words(s_.hidden) * p_.columns * 4;
   const bool product = grad_pre.data || parts;
-  const auto ahead = [&](const Task& t, i64 r, i64 rows, i64 i) {
-    if (r + rows < t.row + t.rows || i + s_.threads >= static_cast<i64>(tasks.size())) return Ahead{};
-    const Task& next = tasks[i + s_.threads];
-    const i64 size = static_cast<i64>(element_size(s_.dtype)), first = next.part * p_.columns;
-    return Ahead{element(in_.down_proj_EDF, next.expert * s_.hidden * inner + first), s_.hidden, inner * size,
-                 std::min(p_.columns, inner - first) * size};
-  };
   parallel_for(static_cast<i64>(tasks.size()), s_.threads, [&](i64 i) {
     const Task& t = tasks[i];
     char* panel = static_cast<char*>(thread_scratch(panel_bytes + kRowsATask * p_.columns * 4));
@@ -254,7 +232,7 @@ void Layer::activate_backward(const Rows& grad, const void* pre_AG, const Rows& 
       std::memset(c, 0, kRowsATask * p_.columns * 4);
     for (i64 r = t.row; r < t.row + t.rows; r += kRowsATask) {
       const i64 rows = std::min(kRowsATask, t.row + t.rows - r);
-      if (product) multiply_rows(grad, order_.tokens.data(), r, rows, panel, s_.hidden, c, ahead(t, r, rows, i));
+      if (product) multiply_rows(grad, order_.tokens.data(), r, rows, panel, s_.hidden, c);
       p_.activate_backward(c, rows, first, some, element(pre_AG, r * s_.inner.width()), &order_.weights[r],
                            grad_pre.data ? row(grad_pre, r) : nullptr, grad_pre.ld,
                            weighted.data ? row(weighted, r) : nullptr, weighted.ld,
@@ -308,7 +286,7 @@ void Layer::outer_task(const Task& t, const Side& left, const Side& right, void*
       const i64 first = part * p_.columns, cols = std::min(p_.columns, right.width - first);
       float* sums = c + (tiles > 1 ? part * tile : 0);
       p_.pack_rows(rows, right.rows.ld, index, first, cols, depth, panel);
-      p_.multiply(a, t.rows, panel, t.rows, words(depth), sums, from > begin, {});
+      p_.multiply(a, t.rows, panel, t.rows, words(depth), sums, from > begin);
       if (from + depth == end) p_.store(sums, t.rows, cols, element(out, first), right.width, s_.dtype);
     }
   }
@@ -348,11 +326,6 @@ void Layer::backward(const void* grad_TD, const void* pre_AG, const MlpGradients
                  [&](i64 expert, i64 first, i64 cols, void* panel) {
                    p_.pack_elements(element(in_.in_proj_EGD, expert * width * hidden), hidden, nullptr, first, cols,
                                     width, panel);
-                 },
-                 [&](i64 expert, i64 first, i64 cols) {
-                   return Ahead{element(in_.in_proj_EGD, expert * width * hidden + first), width,
-                                hidden * static_cast<i64>(element_size(s_.dtype)),
-                                cols * static_cast<i64>(element_size(s_.dtype))};
                  });
   if (out.in_proj_EGD || out.in_bias_EG)
     outer({grad_pre, width, false}, {token_rows(memory, in_.x_TD, s_.dtype), hidden, true}, nullptr, out.in_proj_EGD,

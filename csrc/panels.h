@@ -172,21 +172,14 @@ void micro_of(int m, const void* const* a, i64 from, i64 step, const W* panel, i
 
 // c (rows × kPanel) = A · panel, or += it; an element has the same bits whatever rows it is computed with.
 template <class W>
-void multiply(const void* const* a, i64 step, const void* panel, i64 rows, i64 words, float* c, bool add,
-              const Ahead& ahead) {
+void multiply(const void* const* a, i64 step, const void* panel, i64 rows, i64 words, float* c, bool add) {
   const W* right = static_cast<const W*>(panel);
-  const i64 calls = (words + kWordsAPass - 1) / kWordsAPass * ((rows + kMicroM - 1) / kMicroM);
-  const i64 share = calls ? (ahead.rows + calls - 1) / calls : 0;
-  i64 at = 0, fetched = 0;
+  i64 at = 0;
   do {
     const i64 depth = words - at < kWordsAPass ? words - at : kWordsAPass;
     i64 blocks = (rows + kMicroM - 1) / kMicroM;
     for (i64 row = 0; blocks; --blocks) {  // blocks of nearly equal size: a lone last row would run at half speed
       const int m = static_cast<int>((rows - row) / blocks);
-      for (const i64 end = fetched + share; fetched < end && fetched < ahead.rows; ++fetched) {
-        const char* piece = static_cast<const char*>(ahead.data) + fetched * ahead.stride;
-        for (i64 byte = 0; byte < ahead.bytes; byte += 64) __builtin_prefetch(piece + byte, 0, 2);
-      }
       micro_of<W, kMicroM>(m, a + row, at, step, right + at * kPanel, depth, c + row * kPanel, add || at > 0);
       row += m;
     }
