@@ -170,6 +170,15 @@ void micro_of(int m, const void* const* a, i64 from, i64 step, const W* panel, i
   micro<W, M>(a, from, step, panel, words, c, add);
 }
 
+// Asks for `words` words of some rows of A.
+template <class W>
+inline void fetch_rows(const void* const* a, i64 rows, i64 from, i64 words) {
+  for (i64 r = 0; r < rows; ++r) {
+    const char* row = reinterpret_cast<const char*>(static_cast<const W*>(a[r]) + from);
+    for (i64 byte = 0; byte < words * 4; byte += 64) __builtin_prefetch(row + byte, 0, 3);
+  }
+}
+
 // c (rows × kPanel) = A · panel, or += it; an element has the same bits whatever rows it is computed with.
 template <class W>
 void multiply(const void* const* a, i64 step, const void* panel, i64 rows, i64 words, float* c, bool add) {
@@ -180,6 +189,7 @@ void multiply(const void* const* a, i64 step, const void* panel, i64 rows, i64 w
     i64 blocks = (rows + kMicroM - 1) / kMicroM;
     for (i64 row = 0; blocks; --blocks) {  // blocks of nearly equal size: a lone last row would run at half speed
       const int m = static_cast<int>((rows - row) / blocks);
+      if (step == 1 && blocks > 1) fetch_rows<W>(a + row + m, rows - row - m < kMicroM ? rows - row - m : kMicroM, at, depth);
       micro_of<W, kMicroM>(m, a + row, at, step, right + at * kPanel, depth, c + row * kPanel, add || at > 0);
       row += m;
     }

@@ -152,13 +152,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     *tensors, ctx.activation, ctx.out_dtype, _ = inputs
     pre_AG = output[1]
     ctx.mark_non_differentiable(pre_AG)
+    ctx.set_materialize_grads(False)  # else pre_AG gets a gradient of zeros, as large as itself, that nobody reads
     ctx.save_for_backward(pre_AG, *tensors)
 
 
 _PLACES = (0, 3, 4, 5, 6, 7)  # of those inputs that have a gradient
 
 
-def _backward(ctx: Any, grad_TD: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_TD: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_TD is None:
+        return (None,) * 11
     pre_AG, *tensors = ctx.saved_tensors
     needed = [ctx.needs_input_grad[place] for place in _PLACES]
     grads = _moe_mlp_backward(grad_TD, pre_AG, *tensors, ctx.activation, needed)
