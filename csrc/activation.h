@@ -6,8 +6,6 @@
 namespace moekit {
 namespace {
 
-typedef std::int32_t VecI __attribute__((vector_size(kLanes * 4)));
-
 template <int N>
 struct Constant {
   static constexpr int value = N;
@@ -77,6 +75,21 @@ template <int A>
 inline VecF activation(VecF x) {
   VecF slope;
   return activation<A>(x, slope);
+}
+
+// Call with the activation as a constant.
+template <class Body>
+inline void with_activation(int activation, const Body& body) {
+  switch (activation) {
+    case kSilu:
+      return body(Constant<kSilu>{});
+    case kGelu:
+      return body(Constant<kGelu>{});
+    case kGeluTanh:
+      return body(Constant<kGeluTanh>{});
+    default:
+      return body(Constant<kRelu>{});
+  }
 }
 
 }  // namespace

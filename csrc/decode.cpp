@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "parallel.h"
+#include "workspace.h"
 
 namespace moekit {
 namespace {
@@ -16,17 +17,6 @@ namespace {
 constexpr i64 kMaxRows = 256, kPackedRows = 2 * kBlock;
 constexpr i64 kElementsATask = 1 << 15;
 constexpr i64 kSplit = 512;  // cached positions in one task
-
-// Memory of the calling thread that lasts until its next call with the same Tag.
-template <class Tag>
-float* scratch(i64 floats) {
-  thread_local std::vector<float> memory;
-  if (static_cast<i64>(memory.size()) < floats) memory.resize(floats);
-  return memory.data();
-}
-struct OfStep {};
-struct OfTask {};
-struct OfBlocks {};
 
 i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
@@ -198,7 +188,7 @@ struct Heads {
   void attend(i64 kv_head, i64 split) const {
     const i64 d = layer.head_dim, group = layer.heads / layer.kv_heads, first = split * kSplit;
     const i64 positions = std::min(kSplit, position + 1 - first);
-    float* weight = scratch<OfTask>(d + group * (2 * d + kSplit));
+    float* weight = static_cast<float*>(thread_scratch((d + group * (2 * d + kSplit)) * sizeof(float)));
     float *q_Gd = weight + d, *mixed_Gd = q_Gd + group * d, *scores_GS = mixed_Gd + group * d;
     if (split == splits - 1) append(kv_head, weight);
     std::copy_n(qkv + kv_head * group * d, group * d, q_Gd);
@@ -379,10 +369,13 @@ void attention_step(const Attention& layer, float* x_D, const float* cosine, con
                     i64 position, int threads) {
   const i64 hidden = layer.q.weight.cols, d = layer.head_dim, q_rows = layer.heads * d, kv_rows = layer.kv_heads * d;
   const i64 splits = ceil_div(position + 1, kSplit);
-  float* h = scratch<OfStep>(2 * hidden + 2 * q_rows + 2 * kv_rows + layer.heads * splits * (d + 2));
+  const i64 floats = 2 * hidden + 2 * q_rows + 2 * kv_rows + layer.heads * splits * (d + 2);
+  const i64 block_size = block_floats(std::max(hidden, q_rows));
+  Workspace memory(Workspace::size_of<float>(floats) + Workspace::size_of<float>(block_size));
+  float* h = memory.take<float>(floats);
   float *weight = h + hidden, *qkv = weight + hidden, *out_Hd = qkv + q_rows + 2 * kv_rows;
   float *parts_Hnd = out_Hd + q_rows, *max_Hn = parts_Hnd + layer.heads * splits * d;
-  float* blocks = scratch<OfBlocks>(block_floats(std::max(hidden, q_rows)));
+  float* blocks = memory.take<float>(block_size);
   norm(layer.norm, layer.eps, x_D, hidden, weight, h, layer.dtype);
 
   const Linear *inputs[] = {&layer.q, &layer.k, &layer.v}, *output = &layer.o;
@@ -406,9 +399,12 @@ void mlp_step(const Sparse& layer, float* x_D, const Routes& routes, int threads
   const MLP& any = layer.experts.empty() ? layer.shared : layer.experts[0];
   const i64 hidden = any.gate.weight.cols, inner = layer.experts.empty() ? 0 : any.gate.weight.rows;
   const i64 experts = layer.router.weight.rows, shared = layer.shared.gate.weight.rows;
-  float* h = scratch<OfStep>(2 * hidden + experts + 1 + inner * routes.count + shared);
+  const i64 floats = 2 * hidden + experts + 1 + inner * routes.count + shared;
+  const i64 block_size = block_floats(hidden) + routes.count * block_floats(inner) + block_floats(shared);
+  Workspace memory(Workspace::size_of<float>(floats) + Workspace::size_of<float>(block_size));
+  float* h = memory.take<float>(floats);
   float *weight = h + hidden, *probs_E = weight + hidden, *shared_gate = probs_E + experts;
-  float* blocks = scratch<OfBlocks>(block_floats(hidden) + routes.count * block_floats(inner) + block_floats(shared));
+  float* blocks = memory.take<float>(block_size);
   norm(layer.norm, layer.eps, x_D, hidden, weight, h, layer.dtype);
 
   const bool packed = std::any_of(layer.experts.begin(), layer.experts.end(), reads_blocks) ||
@@ -438,11 +434,13 @@ void mlp_step(const Sparse& layer, float* x_D, const Routes& routes, int threads
 
 void linear_row(const Linear& layer, const void* x, void* out, int dtype, int threads) {
   const i64 cols = layer.weight.cols, width = static_cast<i64>(element_size(dtype));
-  float* values = scratch<OfStep>(cols);
+  const bool packed = is_packed(layer.weight);
+  const i64 block_size = packed ? block_floats(cols) : 0;
+  Workspace memory(Workspace::size_of<float>(cols) + Workspace::size_of<float>(block_size));
+  float* values = memory.take<float>(cols);
   tiles().row.load[dtype](x, values, cols);
   const Linear* only = &layer;
-  const bool packed = is_packed(layer.weight);
-  const Row row = as_row(values, cols, packed ? scratch<OfBlocks>(block_floats(cols)) : nullptr, packed);
+  const Row row = as_row(values, cols, memory.take<float>(block_size), packed);
   apply(&only, 1, row, dtype, threads, [&](int, i64 first, const float* part, i64 rows) {
     tiles().row.store[dtype](part, static_cast<char*>(out) + first * width, rows);
   });

@@ -44,8 +44,16 @@ void multiply_strips(const Matrix& m, const unsigned char* const* strips, const 
 
 void multiply(const Matrix& m, i64 first, i64 rows, const Tokens& tokens, float* out, i64 ld) {
   if (!is_packed(m)) {
-    const char* weight = static_cast<const char*>(m.data) + first * m.cols * static_cast<i64>(element_size(m.kind));
-    return quant_tiles().plain[m.kind](tokens.values, tokens.count, weight, m.cols, rows, out, ld);
+    constexpr i64 kAtOnce = 8;  // rows that stay in the cache while the tokens pass
+    const i64 row_bytes = m.cols * static_cast<i64>(element_size(m.kind));
+    for (i64 r = 0; r < rows; r += kAtOnce) {
+      const char* weight = static_cast<const char*>(m.data) + (first + r) * row_bytes;
+      const i64 some = std::min(kAtOnce, rows - r);
+      const char* next = r + kAtOnce < rows ? weight + kAtOnce * row_bytes : weight;
+      for (i64 t = 0; t < tokens.count; ++t)
+        tiles().row.matvec[m.kind](weight, m.cols, tokens.values[t], out + t * ld + r, some, m.cols, next);
+    }
+    return;
   }
   constexpr i64 kAtOnce = 4;
   const Strips where(m);

@@ -97,8 +97,6 @@ struct QuantTiles {
   QuantTile tile[kFormats][kTokenSizes][3];  // of 1, 2, 4 strips; null where there is no such tile
   // 32 columns (fewer: the rest are zeros) of row t of the T of a record
   void (*quantise)(const float* x, i64 n, void* record, int tokens, int t);
-  // rows of a plain matrix: out[t · ld + r] = Σ x[t] · W_r
-  void (*plain[2])(const float* const* x, i64 tokens, const void* weight, i64 cols, i64 rows, float* out, i64 ld);
   void (*glu)(float* gate, const float* up, i64 n, int activation);  // gate ← act(gate) · up; up may be null
   void (*add_scaled)(float* y, const float* x, float scale, i64 n);  // y += scale · x
 };

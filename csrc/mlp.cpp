@@ -74,9 +74,9 @@ class Layer {
  private:
   i64 width(i64 numbers) const { return chunks(numbers, p_.step) * p_.step; }
   i64 words(i64 numbers) const { return chunks(numbers, p_.step); }
-  size_t bytes_of(i64 rows, i64 numbers) const { return Workspace::rounded(rows * width(numbers) * p_.row_bytes); }
+  size_t bytes_of(i64 rows, i64 numbers) const { return Workspace::size_of<char>(rows * width(numbers) * p_.row_bytes); }
   Rows new_rows(Workspace& memory, i64 rows, i64 numbers) const {
-    return {static_cast<char*>(memory.take(bytes_of(rows, numbers))), width(numbers)};
+    return {memory.take<char>(static_cast<i64>(bytes_of(rows, numbers))), width(numbers)};
   }
   char* row(const Rows& rows, i64 r) const { return rows.data + r * rows.ld * p_.row_bytes; }
   const char* element(const void* base, i64 i) const {
@@ -266,7 +266,7 @@ void Layer::outer_task(const Task& t, const Side& left, const Side& right, void*
   }
   const i64 deepest = std::min(kOuterDepth, end - begin), parts = chunks(right.width, p_.columns);
   const i64 tile = t.rows * p_.columns, tiles = end - begin > kOuterDepth ? parts : 1;
-  const i64 panel_bytes = words(deepest) * p_.columns * 4, turned_bytes = Workspace::rounded(words(deepest) * t.rows * 4);
+  const i64 panel_bytes = words(deepest) * p_.columns * 4, turned_bytes = Workspace::size_of<char>(words(deepest) * t.rows * 4);
   char* panel = static_cast<char*>(thread_scratch(panel_bytes + turned_bytes + tiles * tile * 4));
   char* turned = panel + panel_bytes;
   float* c = reinterpret_cast<float*>(turned + turned_bytes);
@@ -313,12 +313,12 @@ void Layer::backward(const void* grad_TD, const void* pre_AG, const MlpGradients
   const i64 rows = order_.rows(), inner = s_.inner.inner, width = s_.inner.width(), hidden = s_.hidden;
   const i64 parts = chunks(inner, p_.columns);
   Workspace memory(2 * bytes_of(s_.tokens, hidden) + bytes_of(rows, width) + bytes_of(rows, inner) +
-                   Workspace::rounded(rows * parts * 4));
+                   Workspace::size_of<float>(rows * parts));
   const Rows grad = token_rows(memory, grad_TD, s_.out_dtype);
   Rows grad_pre, weighted;
   if (out.x_TD || out.in_proj_EGD || out.in_bias_EG) grad_pre = new_rows(memory, rows, width);
   if (out.down_proj_EDF) weighted = new_rows(memory, rows, inner);
-  float* sums = out.weights_A ? static_cast<float*>(memory.take(rows * parts * 4)) : nullptr;
+  float* sums = out.weights_A ? memory.take<float>(rows * parts) : nullptr;
   if (grad_pre.data || weighted.data || sums) activate_backward(grad, pre_AG, grad_pre, weighted, sums);
   if (out.weights_A) router_gradient(grad, sums, parts, out.weights_A);
   if (out.x_TD)

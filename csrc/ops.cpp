@@ -2,14 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <stdexcept>
 #include <vector>
 
 #include "parallel.h"
+#include "workspace.h"
 
 namespace moekit {
 namespace {
@@ -23,16 +22,6 @@ const char* at(const void* base, i64 index, int dtype) {
 }
 char* at(void* base, i64 index, int dtype) {
   return static_cast<char*>(base) + index * static_cast<i64>(element_size(dtype));
-}
-
-struct FreeAligned {
-  void operator()(void* p) const { std::free(p); }
-};
-
-void* scratch() {
-  thread_local std::unique_ptr<void, FreeAligned> memory{std::aligned_alloc(64, kScratchBytes)};
-  if (!memory) throw std::bad_alloc();
-  return memory.get();
 }
 
 // first[e] is the first row of expert e; first[E] is the number of rows that belong to somebody.
@@ -188,7 +177,7 @@ void grouped_mm_transposed(const void* rows_RO, const void* weight_EOI, const i6
     const void* rows = at(rows_RO, t.row * s.out_width, s.dtype);
     const void* weight = at(weight_EOI, t.expert * s.out_width * s.in_width + t.col, s.dtype);
     void* out = at(out_RI, t.row * s.in_width + t.col, s.dtype);
-    gemm(rows, s.out_width, 1, weight, s.in_width, out, s.in_width, t.rows, t.cols, s.out_width, scratch());
+    gemm(rows, s.out_width, 1, weight, s.in_width, out, s.in_width, t.rows, t.cols, s.out_width, thread_scratch(kScratchBytes));
   });
   zero_rows(out_RI, first.back(), s.rows, s.in_width, s.dtype);
 }
@@ -203,7 +192,7 @@ void grouped_outer(const void* rows_RO, const void* rows_RI, const i64* counts_E
     const void* left = at(rows_RO, first[t.expert] * s.out_width + t.row, s.dtype);
     const void* right = at(rows_RI, first[t.expert] * s.in_width + t.col, s.dtype);
     void* out = at(out_EOI, (t.expert * s.out_width + t.row) * s.in_width + t.col, s.dtype);
-    gemm(left, 1, s.out_width, right, s.in_width, out, s.in_width, t.rows, t.cols, counts_E[t.expert], scratch());
+    gemm(left, 1, s.out_width, right, s.in_width, out, s.in_width, t.rows, t.cols, counts_E[t.expert], thread_scratch(kScratchBytes));
   });
 }
 

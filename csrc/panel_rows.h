@@ -1,23 +1,15 @@
 // What happens to rows before and after a product of panels.h: conversion, activation and its gradient, weighted sums.
 #pragma once
 #include "activation.h"
+#include "numbers.h"
 #include "panels.h"
 
 namespace moekit {
 namespace {
 
-inline VecF load_f32(const float* p, i64 n) { return n >= kLanes ? load_as<VecF>(p) : load_some<VecF>(p, n, 4); }
-inline VecF load_f32(const BF16* p, i64 n) {
-  return to_f32(n >= kLanes ? load_as<VecH>(p) : load_some<VecH>(p, n, 2));
-}
-template <class E>
-inline void store_f32(E* p, VecF v, i64 n) {
-  n >= kLanes ? store_some(p, v, kLanes) : store_some(p, v, n);
-}
-
 template <class From, class To>
 void convert(const From* from, i64 n, To* to) {
-  for (i64 i = 0; i < n; i += kLanes) store_f32(to + i, load_f32(from + i, n - i), n - i);
+  for (i64 i = 0; i < n; i += kLanes) write(to + i, read(from + i, n - i), n - i);
 }
 
 // The row ends with a whole word: what is past its last number must not be a NaN.
@@ -68,15 +60,15 @@ void activate_rows(const float* c, i64 rows, i64 first, i64 cols, const E* bias,
       VecF gate = load_as<VecF>(c + j), up = {};
       if constexpr (Gated) up = load_as<VecF>(c + kPanel / 2 + j);
       if (bias) {
-        gate += load_f32(bias + first + j, n);
-        if constexpr (Gated) up += load_f32(bias + inner + first + j, n);
+        gate += read(bias + first + j, n);
+        if constexpr (Gated) up += read(bias + inner + first + j, n);
       }
       if (pre) {
-        store_f32(pre + first + j, gate, n);
-        if constexpr (Gated) store_f32(pre + inner + first + j, up, n);
+        write(pre + first + j, gate, n);
+        if constexpr (Gated) write(pre + inner + first + j, up, n);
       }
       const VecF act = activation<A>(gate);
-      store_f32(hidden + first + j, Gated ? act * up : act, n);
+      write(hidden + first + j, Gated ? act * up : act, n);
     }
     if (first + cols == inner) end_row(hidden, inner, hidden_ld);
     if (pre) pre += Gated ? 2 * inner : inner;
@@ -92,17 +84,17 @@ void activate_rows_backward(const float* c, i64 rows, i64 first, i64 cols, const
     VecF sum = {};
     for (i64 j = 0; j < cols; j += kLanes) {
       const i64 n = cols - j, at = first + j;
-      const VecF gate = load_f32(pre + at, n), grad = load_as<VecF>(c + j);
+      const VecF gate = read(pre + at, n), grad = load_as<VecF>(c + j);
       VecF up = VecF{} + 1.0f;
-      if constexpr (Gated) up = load_f32(pre + inner + at, n);
+      if constexpr (Gated) up = read(pre + inner + at, n);
       VecF slope;
       const VecF act = activation<A>(gate, slope), hidden = act * up, own = grad * weights[row];
       sum += grad * hidden;  // the columns past `cols` are zeros in c
       if (grad_pre) {
-        store_f32(grad_pre + row * grad_ld + at, own * up * slope, n);
-        if constexpr (Gated) store_f32(grad_pre + row * grad_ld + inner + at, own * act, n);
+        write(grad_pre + row * grad_ld + at, own * up * slope, n);
+        if constexpr (Gated) write(grad_pre + row * grad_ld + inner + at, own * act, n);
       }
-      if (weighted) store_f32(weighted + row * hidden_ld + at, hidden * weights[row], n);
+      if (weighted) write(weighted + row * hidden_ld + at, hidden * weights[row], n);
     }
     if (grad_pre && first + cols == inner) end_row(grad_pre + row * grad_ld, width, grad_ld);
     if (grad_weight) grad_weight[row * grad_weight_ld] = sum_lanes(sum);
@@ -112,22 +104,9 @@ void activate_rows_backward(const float* c, i64 rows, i64 first, i64 cols, const
 // Call with the activation and whether there is a gate as constants.
 template <class Body>
 inline void with_inner(const Inner& inner, const Body& body) {
-  const auto gated = [&](auto activation) {
-    if (inner.gated)
-      body(activation, Constant<1>{});
-    else
-      body(activation, Constant<0>{});
-  };
-  switch (inner.activation) {
-    case kSilu:
-      return gated(Constant<kSilu>{});
-    case kGelu:
-      return gated(Constant<kGelu>{});
-    case kGeluTanh:
-      return gated(Constant<kGeluTanh>{});
-    default:
-      return gated(Constant<kRelu>{});
-  }
+  with_activation(inner.activation, [&](auto activation) {
+    inner.gated ? body(activation, Constant<1>{}) : body(activation, Constant<0>{});
+  });
 }
 
 template <class E, class W>
@@ -163,7 +142,7 @@ void add_to_tokens(const float* c, i64 rows, const i64* place, i64 from, const f
     float* sum = acc + (place[row] - from) * kPanel;
     for (i64 j = 0; j < cols; j += kLanes) {
       VecF v = load_as<VecF>(c + j);
-      if (bias) v += load_f32(more + j, cols - j);
+      if (bias) v += read(more + j, cols - j);
       if (weights) v *= weights[row];
       v += load_as<VecF>(sum + j);
       __builtin_memcpy(sum + j, &v, sizeof v);
@@ -174,7 +153,7 @@ void add_to_tokens(const float* c, i64 rows, const i64* place, i64 from, const f
 template <class To>
 void store_rows(const float* c, i64 rows, i64 cols, To* out, i64 ld) {
   for (i64 row = 0; row < rows; ++row, c += kPanel, out += ld)
-    for (i64 j = 0; j < cols; j += kLanes) store_f32(out + j, load_as<VecF>(c + j), cols - j);
+    for (i64 j = 0; j < cols; j += kLanes) write(out + j, load_as<VecF>(c + j), cols - j);
 }
 
 inline void store(const float* c, i64 rows, i64 cols, void* out, i64 ld, int dtype) {
@@ -192,10 +171,10 @@ void sum_rows(const void* rows, i64 ld, const i64* index, i64 n, const float* we
   for (i64 j = 0; j < cols; j += kLanes) {
     VecF sum = {};
     for (i64 r = 0; r < n; ++r) {
-      const VecF v = load_f32(base + (index ? index[r] : r) * ld + j, cols - j);
+      const VecF v = read(base + (index ? index[r] : r) * ld + j, cols - j);
       sum += weights ? v * weights[r] : v;
     }
-    store_f32(static_cast<E*>(out) + j, sum, cols - j);
+    write(static_cast<E*>(out) + j, sum, cols - j);
   }
 }
 
@@ -204,7 +183,7 @@ float dot_row(const void* row, const void* elements, i64 n) {
   using R = typename Word<W>::Element;
   VecF sum = {};
   for (i64 i = 0; i < n; i += kLanes)
-    sum += load_f32(static_cast<const R*>(row) + i, n - i) * load_f32(static_cast<const E*>(elements) + i, n - i);
+    sum += read(static_cast<const R*>(row) + i, n - i) * read(static_cast<const E*>(elements) + i, n - i);
   return sum_lanes(sum);
 }
 

@@ -1,15 +1,13 @@
 #include "quant_ops.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "parallel.h"
+#include "workspace.h"
 
 namespace moekit {
 namespace {
@@ -18,41 +16,6 @@ constexpr i64 kRowsATask = 4 * kStrip;   // of an output: as many streams from m
 constexpr i64 kUnitsATask = kBlock;      // of the inner width: one block of activations for the second matrix
 constexpr i64 kTokensAtOnce = 1024;      // bounds the workspace; the weights are read again for the next ones
 constexpr i64 kRowsAtOnce = 8192;
-
-// Memory that the calling thread keeps from call to call.
-class Workspace {
- public:
-  void reserve(size_t bytes) {
-    used_ = 0;
-    if (bytes <= size_) return;
-    memory_.reset();  // before the new one, so that both are never held
-    memory_.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-    if (!memory_) throw std::bad_alloc();
-    size_ = bytes;
-  }
-  template <class T>
-  T* take(i64 count) {
-    T* p = reinterpret_cast<T*>(static_cast<char*>(memory_.get()) + used_);
-    used_ += size_of<T>(count);
-    return p;
-  }
-  template <class T>
-  static size_t size_of(i64 count) {
-    return (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
-  }
-
- private:
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::unique_ptr<void, Free> memory_;
-  size_t size_ = 0, used_ = 0;
-};
-
-Workspace& workspace() {
-  thread_local Workspace memory;
-  return memory;
-}
 
 // Up to kMostTokens rows of one expert that are multiplied together; positions count rows in the experts' order.
 struct Batch {
@@ -206,8 +169,7 @@ struct Product {
 
 // Rows that fit the workspace, sorted by expert.
 void multiply_some(const float* rows_RI, float* out_RO, i64 rows, const Batches& b, const Product& p) {
-  Workspace& memory = workspace();
-  memory.reserve(bytes_of_quantised(b, rows, p.in_width));
+  Workspace memory(bytes_of_quantised(b, rows, p.in_width));
   const Rows x = quantised(memory, b, rows_RI, rows, p.in_width, nullptr, p.threads);
   const i64 part_rows = p.out_width / p.parts, a_part = (part_rows + kRowsATask - 1) / kRowsATask;
   const i64 chunks = p.parts * a_part;  // none crosses from one part into the next
@@ -265,15 +227,12 @@ class Layer {
   Layer(const float* x_TD, const float* weights_TK, MatrixTable gate_up_E, MatrixTable down_E, float* out_TD,
         const Routed& routed, const QuantMoE& size)
       : weights_TK_(weights_TK), gate_up_E_(gate_up_E), down_E_(down_E), out_TD_(out_TD), routed_(routed),
-        batches_(routed.batches), s_(size) {
-    Workspace& memory = workspace();
-    const i64 assignments = static_cast<i64>(routed.token_of.size());
-    const i64 plain = any_plain() ? assignments * s_.inner : 0;
-    memory.reserve(bytes_of_quantised(batches_, s_.tokens, s_.hidden) + bytes_of_records(batches_, s_.inner) +
-                   Workspace::size_of<float>(plain));
-    x_ = quantised(memory, batches_, x_TD, s_.tokens, s_.hidden, routed.token_of.data(), s_.threads);
-    hidden_ = take_records(memory, batches_, s_.inner);
-    if (plain) hidden_.values = values_ = memory.take<float>(plain);
+        batches_(routed.batches), s_(size),
+        memory_(bytes_of_quantised(batches_, s_.tokens, s_.hidden) + bytes_of_records(batches_, s_.inner) +
+                Workspace::size_of<float>(plain_values())) {
+    x_ = quantised(memory_, batches_, x_TD, s_.tokens, s_.hidden, routed.token_of.data(), s_.threads);
+    hidden_ = take_records(memory_, batches_, s_.inner);
+    if (plain_values()) hidden_.values = values_ = memory_.take<float>(plain_values());
   }
 
   void run() {
@@ -288,9 +247,11 @@ class Layer {
   }
 
  private:
-  bool any_plain() const {
-    return std::any_of(batches_.groups.begin(), batches_.groups.end(),
-                       [&](const Group& g) { return !is_packed(down_E_[g.expert]); });
+  // Hidden values that are kept for plain matrices.
+  i64 plain_values() const {
+    const bool any = std::any_of(batches_.groups.begin(), batches_.groups.end(),
+                                 [&](const Group& g) { return !is_packed(down_E_[g.expert]); });
+    return any ? static_cast<i64>(routed_.token_of.size()) * s_.inner : 0;
   }
 
   i64 units_from(i64 first) const { return std::min(kUnitsATask, s_.inner - first); }
@@ -340,8 +301,9 @@ class Layer {
   // Columns of the output, expert after expert: nobody else writes them.
   void combine(i64 first, i64 after) const {
     const i64 rows = std::min(kRowsATask, s_.hidden - first);
-    thread_local std::vector<float> sums;  // (T, 64) side by side: columns of the output lie a row apart
-    sums.assign(s_.tokens * kRowsATask, 0.0f);
+    const size_t bytes = static_cast<size_t>(s_.tokens * kRowsATask) * sizeof(float);
+    float* sums = static_cast<float*>(thread_scratch(bytes));  // (T, 64) side by side: in the output they lie a row apart
+    std::memset(sums, 0, bytes);
     for (const Group& group : batches_.groups) {
       Run then;
       if (&group != &batches_.groups.back())
@@ -350,12 +312,12 @@ class Layer {
         then = run_of(down_E_[batches_.groups.front().expert], after, std::min(kRowsATask, s_.hidden - after));
       multiply_group(down_E_[group.expert], first, rows, then, group, batches_, hidden_,
                      [&](i64 position, i64 row, const float* values, i64 n) {
-                       quant_tiles().add_scaled(sums.data() + routed_.token_of[position] * kRowsATask + row, values,
+                       quant_tiles().add_scaled(sums + routed_.token_of[position] * kRowsATask + row, values,
                                                 weights_TK_[routed_.assignment_of[position]], n);
                      });
     }
     for (i64 t = 0; t < s_.tokens; ++t)
-      std::copy_n(sums.data() + t * kRowsATask, rows, out_TD_ + t * s_.hidden + first);
+      std::copy_n(sums + t * kRowsATask, rows, out_TD_ + t * s_.hidden + first);
   }
 
   const float* weights_TK_;
@@ -364,6 +326,7 @@ class Layer {
   const Routed& routed_;
   const Batches& batches_;
   QuantMoE s_;
+  Workspace memory_;
   Rows x_, hidden_;
   float* values_ = nullptr;  // hidden rows in fp32
 };

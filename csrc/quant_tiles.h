@@ -1,6 +1,8 @@
 // The kernels of matrix.h, written once over quant_vec.h; quant_<isa>.cpp compiles them for one instruction set.
 #pragma once
+#include "activation.h"
 #include "matrix.h"
+#include "numbers.h"
 #include "ops.h"
 #include "quant_vec.h"
 
@@ -23,7 +25,7 @@ struct HalfScales {
   static constexpr int kScaleBytes = 2;
   static constexpr bool kMinima = false;
   static VecF scale(Bytes strip, const TileArgs& a, i64 group, int part) {
-    return from_half(strip + a.scales + group * 32 + part * kLanes * 2);
+    return read(reinterpret_cast<const F16*>(strip + a.scales + group * 32 + part * kLanes * 2));
   }
 };
 template <>
@@ -129,7 +131,7 @@ inline void tile_of(const TileArgs& a, int first) {
       for (int p = 0; p < kParts; ++p) {
         steps[s][p] = C::scale(a.strips[s], a, group, p);
         if constexpr (C::kMinima)
-          minima[s][p] = from_half(a.strips[s] + a.extra + group * kTable + p * kLanes * 2);
+          minima[s][p] = read(reinterpret_cast<const F16*>(a.strips[s] + a.extra + group * kTable + p * kLanes * 2));
       }
       if constexpr (kStreams) {
         const unsigned char* table = soon < groups ? a.strips[s] + soon * kTable : a.next[s] + (soon - groups) * kTable;
@@ -226,80 +228,17 @@ inline void quantise_block(const float* x, i64 n, void* record, int tokens, int 
   __builtin_memcpy(out + 36 * tokens + 4 * t, &sum, 4);
 }
 
-inline VecF tanh_of(VecF x) { return 1.0f - 2.0f / (exp_of(2.0f * x) + 1.0f); }
-
-inline VecF activated(VecF x, int activation) {
-  switch (activation) {
-    case kSilu:
-      return x / (1.0f + exp_of(-x));
-    case kGelu: {
-      VecF y;
-      for (int i = 0; i < kLanes; ++i) y[i] = 0.5f * x[i] * (1.0f + __builtin_erff(x[i] * 0.70710678f));
-      return y;
-    }
-    case kGeluTanh:
-      return 0.5f * x * (1.0f + tanh_of(0.79788456f * (x + 0.044715f * x * x * x)));
-    default:
-      return x < 0.0f ? VecF{} : x;  // a NaN passes
-  }
-}
-
-// each(load, store) for n floats, a vector at a time: the last one is loaded and stored in part.
-template <class Each>
-inline void each_vector(i64 n, const Each& each) {
-  i64 at = 0;
-  for (; at + kLanes <= n; at += kLanes)
-    each([=](const float* p) { return load_as<VecF>(p + at); }, [=](float* p, VecF v) { store_some(p + at, v, kLanes); });
-  if (at < n)
-    each([=](const float* p) { return load_some<VecF>(p + at, n - at, 4); },
-         [=](float* p, VecF v) { store_some(p + at, v, n - at); });
-}
-
-void glu(float* gate, const float* up, i64 n, int activation) {
-  each_vector(n, [=](auto load, auto store) {
-    const VecF value = activated(load(gate), activation);
-    store(gate, up ? value * load(up) : value);
+void glu(float* gate, const float* up, i64 size, int kind) {
+  with_activation(kind, [&](auto act) {
+    each_vector(size, [&](i64 at, i64 n) {
+      const VecF value = activation<act.value>(read(gate + at, n));
+      write(gate + at, up ? value * read(up + at, n) : value, n);
+    });
   });
 }
 
-void add_scaled(float* y, const float* x, float scale, i64 n) {
-  each_vector(n, [=](auto load, auto store) { store(y, load(y) + scale * load(x)); });
-}
-
-// ---- plain matrices -----------------------------------------------------------------------------------------------
-
-inline VecF floats_at(const float* p) { return load_as<VecF>(p); }
-inline VecF floats_at(const BF16* p) { return to_f32(load_as<VecH>(p)); }
-inline VecF floats_at(const float* p, i64 n) { return load_some<VecF>(p, n, 4); }
-inline VecF floats_at(const BF16* p, i64 n) { return to_f32(load_some<VecH>(p, n, 2)); }
-
-// R rows at once are R streams from memory.
-template <class E, int R>
-void plain_rows(const float* x, const E* weight, i64 cols, float* out) {
-  VecF sums[R] = {};
-  i64 at = 0;
-  for (; at + kLanes <= cols; at += kLanes) {
-    const VecF left = load_as<VecF>(x + at);
-    for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(weight + r * cols + at + kAhead / static_cast<i64>(sizeof(E)));
-      sums[r] += left * floats_at(weight + r * cols + at);
-    }
-  }
-  const VecF left = load_some<VecF>(x + at, cols - at, 4);
-  for (int r = 0; r < R; ++r) out[r] = sum_lanes(sums[r] + left * floats_at(weight + r * cols + at, cols - at));
-}
-
-template <class E>
-void plain(const float* const* x, i64 tokens, const void* weight, i64 cols, i64 rows, float* out, i64 ld) {
-  constexpr int R = 4;
-  const E* w = static_cast<const E*>(weight);
-  for (i64 r = 0; r < rows; r += R)
-    for (i64 t = 0; t < tokens; ++t) {
-      if (r + R <= rows)
-        plain_rows<E, R>(x[t], w + r * cols, cols, out + t * ld + r);
-      else
-        for (i64 i = r; i < rows; ++i) plain_rows<E, 1>(x[t], w + i * cols, cols, out + t * ld + i);
-    }
+void add_scaled(float* y, const float* x, float scale, i64 size) {
+  each_vector(size, [&](i64 at, i64 n) { write(y + at, read(y + at, n) + scale * read(x + at, n), n); });
 }
 
 }  // namespace
@@ -321,7 +260,6 @@ void plain(const float* const* x, i64 tokens, const void* weight, i64 cols, i64 
       {MOEKIT_QUANT_FORMAT(0), MOEKIT_QUANT_FORMAT(1), MOEKIT_QUANT_FORMAT(2), MOEKIT_QUANT_FORMAT(3),              \
        MOEKIT_QUANT_FORMAT(4)},                                                                                     \
       moekit::quantise_block,                                                                                       \
-      {moekit::plain<float>, moekit::plain<moekit::BF16>},                                                          \
       moekit::glu,                                                                                                  \
       moekit::add_scaled,                                                                                           \
   };

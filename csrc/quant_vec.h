@@ -6,7 +6,6 @@ namespace moekit {
 namespace {
 
 constexpr int kParts = 16 / kLanes;
-typedef std::int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef std::uint8_t VecB __attribute__((vector_size(kLanes * 4)));  // four codes of each row
 
 // Strips × tokens whose sums fit the registers at once.
@@ -91,19 +90,6 @@ inline VecB high_nibbles(VecB bytes) {
   return (VecB)((Wide)bytes >> 4) & 15;
 }
 
-inline VecF from_half(const void* p) {
-  const VecH half = load_as<VecH>(p);
-#if defined(__AVX512F__)
-  return (VecF)_mm512_cvtph_ps((__m256i)half);
-#elif defined(__AVX2__)
-  return (VecF)_mm256_cvtph_ps((__m128i)half);
-#else  // exponents are moved to fp32's place and put right by a product, subnormal ones too; there is no infinity
-  const VecU bits = widen(half);
-  const VecF magnitude = (VecF)((bits & 0x7fffu) << 13) * 0x1p112f;
-  return (VecF)((VecU)magnitude | ((bits & 0x8000u) << 16));
-#endif
-}
-
 inline VecU from_bytes(const void* p) {
 #if defined(__AVX512F__)
   return (VecU)_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
@@ -147,23 +133,6 @@ inline VecF rounded(VecF product) {
   asm("" : "+w"(product));
 #endif
   return product;
-}
-
-// |x| rounded to a whole number, ties to even; below 2^22.
-inline VecF round_even(VecF x) { return (x + 12582912.0f) - 12582912.0f; }
-
-// e^x to about 2 ulp (Cephes' expf): 2^n · P(x - n ln 2). Beyond ±87 it stays at the bound; a NaN stays a NaN.
-inline VecF exp_of(VecF x) {
-  x = x > 87.0f ? splat(87.0f) : x;
-  x = x < -87.0f ? splat(-87.0f) : x;
-  const VecF n = round_even(x * 1.44269504f);
-  const VecF r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  VecF p = splat(1.9875691500e-4f);
-  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-    p = p * r + c;
-  const VecF mantissa = p * r * r + r + 1.0f;
-  const VecI exponent = (VecI)(n + 12582912.0f) - 0x4b400000;
-  return x != x ? x : (VecF)((VecI)mantissa + (exponent << 23));
 }
 
 }  // namespace

@@ -106,7 +106,7 @@ void pack_b(const E* b, i64 ldb, i64 n, i64 k, typename Arith<E>::Word* out) {
 
 inline VecF load_word(const float* p) { return load_as<VecF>(p); }
 inline VecU load_word(const std::uint32_t* p) { return load_as<VecU>(p); }
-inline VecF mad_words(float a, VecF b, VecF c) { return (VecF{} + a) * b + c; }
+inline VecF mad_words(float a, VecF b, VecF c) { return a * b + c; }
 #if defined(__AVX512BF16__)
 inline VecF mad_words(std::uint32_t a, VecU b, VecF c) {
   return (VecF)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)), (__m512bh)b);

@@ -24,6 +24,7 @@ constexpr int kGemmN = kGemmV * kLanes;
 using BF16 = std::uint16_t;
 typedef float VecF __attribute__((vector_size(kLanes * 4)));
 typedef std::uint32_t VecU __attribute__((vector_size(kLanes * 4)));
+typedef std::int32_t VecI __attribute__((vector_size(kLanes * 4)));
 typedef std::uint16_t VecH __attribute__((vector_size(kLanes * 2)));
 
 template <class V>

@@ -55,9 +55,7 @@ Workspace::Workspace(size_t bytes) {
     const std::lock_guard lock(guard);
     if (kept.size >= bytes) std::swap(block, kept);
   }
-  if (block.size < bytes || !block.memory) {
-    block = allocate(bytes + 64);
-  }
+  if (block.size < bytes || !block.memory) block = allocate(bytes + 64);
   memory_ = block.memory;
   size_ = block.size;
 }
@@ -71,9 +69,9 @@ Workspace::~Workspace() {
   std::free(mine.memory);
 }
 
-void* Workspace::take(size_t bytes) {
+void* Workspace::cut(size_t bytes) {
   void* const begin = memory_ + used_;
-  used_ += rounded(bytes);
+  used_ += bytes;
   assert(used_ <= size_);
   return begin;
 }

@@ -1,6 +1,7 @@
 // Memory that one call needs and the next one needs again.
 #pragma once
 #include <cstddef>
+#include <cstdint>
 
 namespace moekit {
 
@@ -12,10 +13,19 @@ class Workspace {
   ~Workspace();
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
-  void* take(size_t bytes);  // 64-byte aligned
-  static size_t rounded(size_t bytes) { return (bytes + 63) / 64 * 64; }
+  // An array of `count`, aligned to 64 bytes, and the bytes that it takes up.
+  template <class T>
+  T* take(std::int64_t count) {
+    return static_cast<T*>(cut(size_of<T>(count)));
+  }
+  template <class T>
+  static size_t size_of(std::int64_t count) {
+    return (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+  }
 
  private:
+  void* cut(size_t bytes);
+
   char* memory_;
   size_t size_, used_ = 0;
 };
