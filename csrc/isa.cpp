@@ -18,7 +18,8 @@ std::vector<Isa> find_isas() {
 #if defined(MOEKIT_HAS_avx2)
   if (avx2) found.push_back({"avx2", &tiles_avx2, &quant_avx2, panels_avx2});
 #if defined(MOEKIT_HAS_avx2_vnni)
-  if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back({"avx2_vnni", &tiles_avx2, &quant_avx2_vnni, panels_avx2});
+  if (avx2 && __builtin_cpu_supports("avxvnni"))
+    found.push_back({"avx2_vnni", &tiles_avx2, &quant_avx2_vnni, panels_avx2});
 #endif
 #endif
 #if defined(MOEKIT_HAS_avx512)

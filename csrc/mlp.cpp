@@ -17,6 +17,7 @@ constexpr i64 kRowsATask = 256;       // rows of A that pass one panel: their re
 constexpr i64 kTokensATask = 4096;    // the largest fp32 sum of a panel's columns that stays in L2
 constexpr i64 kOuterRows = 192;       // rows of a weight's gradient in one task, a multiple of every kMicroM
 constexpr i64 kOuterDepth = 512;      // rows of an expert that its operands hold at a time
+constexpr i64 kAlone = 1 << 21;       // multiplications that one thread has done before others have begun
 
 // Rows by expert, each expert's in token order.
 struct Order {
@@ -66,7 +67,9 @@ struct Task {
 
 class Layer {
  public:
-  Layer(const MlpInputs& in, const Mlp& s) : in_(in), s_(s), p_(panels(s.dtype)), order_(in, s) {}
+  Layer(const MlpInputs& in, const Mlp& s) : in_(in), s_(s), p_(panels(s.dtype)), order_(in, s) {
+    if (order_.rows() * s.hidden * s.inner.width() < kAlone) s_.threads = 1;
+  }
 
   void forward(void* out_TD, void* pre_AG);
   void backward(const void* grad_TD, const void* pre_AG, const MlpGradients& out);
@@ -74,7 +77,9 @@ class Layer {
  private:
   i64 width(i64 numbers) const { return chunks(numbers, p_.step) * p_.step; }
   i64 words(i64 numbers) const { return chunks(numbers, p_.step); }
-  size_t bytes_of(i64 rows, i64 numbers) const { return Workspace::size_of<char>(rows * width(numbers) * p_.row_bytes); }
+  size_t bytes_of(i64 rows, i64 numbers) const {
+    return Workspace::size_of<char>(rows * width(numbers) * p_.row_bytes);
+  }
   Rows new_rows(Workspace& memory, i64 rows, i64 numbers) const {
     return {memory.take<char>(static_cast<i64>(bytes_of(rows, numbers))), width(numbers)};
   }
@@ -106,7 +111,7 @@ class Layer {
   void router_gradient(const Rows& grad, const float* parts, i64 count, float* out_A) const;
 
   const MlpInputs in_;
-  const Mlp s_;
+  Mlp s_;
   const Panels& p_;
   const Order order_;
 };
@@ -266,7 +271,8 @@ void Layer::outer_task(const Task& t, const Side& left, const Side& right, void*
   }
   const i64 deepest = std::min(kOuterDepth, end - begin), parts = chunks(right.width, p_.columns);
   const i64 tile = t.rows * p_.columns, tiles = end - begin > kOuterDepth ? parts : 1;
-  const i64 panel_bytes = words(deepest) * p_.columns * 4, turned_bytes = Workspace::size_of<char>(words(deepest) * t.rows * 4);
+  const i64 panel_bytes = words(deepest) * p_.columns * 4;
+  const i64 turned_bytes = static_cast<i64>(Workspace::size_of<float>(words(deepest) * t.rows));
   char* panel = static_cast<char*>(thread_scratch(panel_bytes + turned_bytes + tiles * tile * 4));
   char* turned = panel + panel_bytes;
   float* c = reinterpret_cast<float*>(turned + turned_bytes);

@@ -177,7 +177,8 @@ void grouped_mm_transposed(const void* rows_RO, const void* weight_EOI, const i6
     const void* rows = at(rows_RO, t.row * s.out_width, s.dtype);
     const void* weight = at(weight_EOI, t.expert * s.out_width * s.in_width + t.col, s.dtype);
     void* out = at(out_RI, t.row * s.in_width + t.col, s.dtype);
-    gemm(rows, s.out_width, 1, weight, s.in_width, out, s.in_width, t.rows, t.cols, s.out_width, thread_scratch(kScratchBytes));
+    gemm(rows, s.out_width, 1, weight, s.in_width, out, s.in_width, t.rows, t.cols, s.out_width,
+         thread_scratch(kScratchBytes));
   });
   zero_rows(out_RI, first.back(), s.rows, s.in_width, s.dtype);
 }
@@ -192,7 +193,8 @@ void grouped_outer(const void* rows_RO, const void* rows_RI, const i64* counts_E
     const void* left = at(rows_RO, first[t.expert] * s.out_width + t.row, s.dtype);
     const void* right = at(rows_RI, first[t.expert] * s.in_width + t.col, s.dtype);
     void* out = at(out_EOI, (t.expert * s.out_width + t.row) * s.in_width + t.col, s.dtype);
-    gemm(left, 1, s.out_width, right, s.in_width, out, s.in_width, t.rows, t.cols, counts_E[t.expert], thread_scratch(kScratchBytes));
+    gemm(left, 1, s.out_width, right, s.in_width, out, s.in_width, t.rows, t.cols, counts_E[t.expert],
+         thread_scratch(kScratchBytes));
   });
 }
 

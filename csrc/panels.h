@@ -189,7 +189,8 @@ void multiply(const void* const* a, i64 step, const void* panel, i64 rows, i64 w
     i64 blocks = (rows + kMicroM - 1) / kMicroM;
     for (i64 row = 0; blocks; --blocks) {  // blocks of nearly equal size: a lone last row would run at half speed
       const int m = static_cast<int>((rows - row) / blocks);
-      if (step == 1 && blocks > 1) fetch_rows<W>(a + row + m, rows - row - m < kMicroM ? rows - row - m : kMicroM, at, depth);
+      const i64 after = rows - row - m;
+      if (step == 1) fetch_rows<W>(a + row + m, after < kMicroM ? after : kMicroM, at, depth);
       micro_of<W, kMicroM>(m, a + row, at, step, right + at * kPanel, depth, c + row * kPanel, add || at > 0);
       row += m;
     }

@@ -302,7 +302,8 @@ class Layer {
   void combine(i64 first, i64 after) const {
     const i64 rows = std::min(kRowsATask, s_.hidden - first);
     const size_t bytes = static_cast<size_t>(s_.tokens * kRowsATask) * sizeof(float);
-    float* sums = static_cast<float*>(thread_scratch(bytes));  // (T, 64) side by side: in the output they lie a row apart
+    // (T, 64) side by side: in the output they lie a row apart.
+    float* sums = static_cast<float*>(thread_scratch(bytes));
     std::memset(sums, 0, bytes);
     for (const Group& group : batches_.groups) {
       Run then;

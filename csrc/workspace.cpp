@@ -26,7 +26,8 @@ Block kept;
 // Ask for large pages behind an array that is about to be written for the first time: fewer page faults.
 void prefer_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
 #if defined(MADV_HUGEPAGE)
-  const auto begin = reinterpret_cast<std::uintptr_t>(memory), whole = (begin + kLargePage - 1) / kLargePage * kLargePage;
+  const auto begin = reinterpret_cast<std::uintptr_t>(memory);
+  const auto whole = (begin + kLargePage - 1) / kLargePage * kLargePage;
   if (begin + bytes < whole + kLargePage) return;
   const size_t size = (begin + bytes - whole) / kLargePage * kLargePage;
   madvise(reinterpret_cast<void*>(whole), size, MADV_HUGEPAGE);  // a wish: nothing is lost when it is refused

@@ -43,6 +43,8 @@ NEAR = {
     "fp64 scalar": (1e-12, 1e-12),
     # A whole tiny model in fp32 beside another implementation: sums in another order, layer after layer.
     "fp32 model": (1e-4, 1e-5),
+    # The same of a model that amplifies rounding: transformers' own fp32 gradients are 4.8e-5 from its fp64 ones there.
+    "steep fp32 model": (1e-4, 5e-5),
     # The same, where both sides run the same products: only their order differs.
     "fp32 twin": (1e-5, 1e-5),
     # Gradients of a tiny model in fp32, which reach down to 1e-6 themselves.

@@ -76,7 +76,7 @@ def test_output_and_every_gradient_equal_eager(family):
     model, ids = use_moekit(build(family)), tokens()
     got, got_grads = run(model, "moekit", ids)
     want, want_grads = run(model, "eager", ids)
-    bound = "fp32 model" if family in STEEP else "fp32 twin"
+    bound = "steep fp32 model" if family in STEEP else "fp32 twin"
     assert_close(got, want, **near(bound))
     assert got_grads.keys() == want_grads.keys()
     for name, grad in want_grads.items():

@@ -1,8 +1,8 @@
 """The experts backend "moekit" for models of Hugging Face transformers, forward and backward.
 
 Importing this module registers it; nothing of transformers is replaced. The models call `experts_forward` through
-the public experts interface, with their own parameters, routing and gate. Two ways through it: `_sorted` for any
-layout, and `_decode`, one op, for few tokens without gradient in the commonest layout.
+the public experts interface, with their own parameters, routing and gate. Three ways through it: `_sorted` for any
+layout; in the commonest ones `_fused`, one op with its gradient, and `_decode`, for few tokens without gradient.
 
 Shapes: T tokens, K experts a token, A = T·K assignments, R rows sorted by expert, E experts, D hidden, F inner width,
 G = 2F (gate and up in the model's own order) or F (up alone).
@@ -52,8 +52,8 @@ _TENSORS = {"gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "dow
 _CHILDREN = {"act_fn", "post_expert_norm", "parametrizations"}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# The activations that `kernels.moe_decode` knows, as transformers' objects and functions.
-_DECODE_ACTIVATIONS: dict[Any, str] = {
+# The activations that the whole-layer kernels know, as transformers' objects and functions.
+_ACTIVATIONS: dict[Any, str] = {
     F.silu: "silu",
     **{
         type(ACT2FN[theirs]): ours
@@ -140,10 +140,13 @@ def experts_forward(module: Any, hidden_TD: Tensor, top_k_index_TK: Tensor, top_
     weights = _read(module)
     ids_TK = top_k_index_TK.to(torch.int64)
     dtype = _compute_dtype(hidden_TD, weights.down_proj)
-    if not torch.is_grad_enabled() and hidden_TD.shape[0] <= kernels.MOE_DECODE_MAX_TOKENS:
-        activation = _decode_activation(module)
-        if activation is not None and dtype == weights.down_proj.dtype:
+    activation = _plain_activation(module)
+    if activation is not None:
+        few = not torch.is_grad_enabled() and hidden_TD.shape[0] <= kernels.MOE_DECODE_MAX_TOKENS
+        if few and weights.in_bias is None and dtype == weights.down_proj.dtype:
             return _decode(activation, weights, hidden_TD, ids_TK, top_k_weights_TK)
+        if kernels.fuses_mlp(hidden_TD.device, dtype):
+            return _fused(activation, weights, dtype, hidden_TD, ids_TK, top_k_weights_TK)
     return _sorted(module, weights, dtype, hidden_TD, ids_TK, top_k_weights_TK)
 
 
@@ -214,6 +217,27 @@ class _Reorder(torch.autograd.Function):
         return grad_AD.index_select(0, inverse_R), None, None
 
 
+def _fused(
+    activation: str, weights: _Weights, dtype: torch.dtype, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
+) -> Tensor:
+    """The same in one op with its gradient; experts of other processes are E there too."""
+    matrices = _Weights(*(None if each is None else each.to(dtype) for each in weights))  # type: ignore[arg-type]
+    tokens_A = torch.arange(ids_TK.shape[0], device=ids_TK.device).repeat_interleave(ids_TK.shape[1])
+    y_TD = kernels.moe_mlp(
+        hidden_TD.to(dtype),
+        tokens_A,
+        ids_TK.flatten(),
+        weights_TK.flatten(),
+        matrices.in_proj,
+        matrices.in_bias,
+        matrices.down_proj,
+        matrices.down_bias,
+        activation,
+        dtype if hidden_TD.dtype == dtype else torch.float32,
+    )
+    return y_TD.to(hidden_TD.dtype)
+
+
 def _decode(activation: str, weights: _Weights, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """The same in one op."""
     elsewhere_TK = ids_TK == weights.down_proj.shape[0]
@@ -267,14 +291,13 @@ def _obstacle(module: Any) -> str | None:
     return None
 
 
-def _decode_activation(module: Any) -> str | None:
-    """The kernel's name of the activation when `moe_decode` computes exactly this module, else None."""
-    special = ("is_transposed", "has_bias", "has_post_expert_norm")
+def _plain_activation(module: Any) -> str | None:
+    """The kernels' name of the activation when their whole-layer ops compute exactly this module, else None."""
     own_gate = type(module)._apply_gate is not _PlainExperts._apply_gate  # type: ignore[attr-defined]
-    if own_gate or any(_flag(module, name) for name in special):
+    if own_gate or _flag(module, "is_transposed") or _flag(module, "has_post_expert_norm"):
         return None
     act = module.act_fn
-    return _DECODE_ACTIVATIONS.get(type(act)) or _DECODE_ACTIVATIONS.get(act)
+    return _ACTIVATIONS.get(type(act)) or _ACTIVATIONS.get(act)
 
 
 def _flag(module: Any, name: str) -> bool:

@@ -8,11 +8,11 @@ Numbers do not depend on the number of threads, which is `torch.get_num_threads(
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch  # first: its OpenMP runtime becomes the extension's
 from torch import Tensor
@@ -21,6 +21,7 @@ from moekit.errors import BackendError, ConfigError
 from moekit.kernels.reference import ACTIVATIONS
 
 __all__ = [
+    "MlpInputs",
     "available_isas",
     "call",
     "forced_isa",
@@ -159,80 +160,67 @@ def linear_row(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     return out
 
 
-def moe_mlp(
-    x_TD: Tensor,
-    token_ids_A: Tensor,
-    expert_ids_A: Tensor,
-    weights_A: Tensor,
-    in_proj_EGD: Tensor,
-    in_bias_EG: Tensor | None,
-    down_proj_EDF: Tensor,
-    down_bias_ED: Tensor | None,
-    activation: str,
-    out_dtype: torch.dtype,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
+class MlpInputs(NamedTuple):
+    """What `reference.moe_mlp` takes, in its order."""
+
+    x_TD: Tensor
+    token_ids_A: Tensor
+    expert_ids_A: Tensor
+    weights_A: Tensor
+    in_proj_EGD: Tensor
+    in_bias_EG: Tensor | None
+    down_proj_EDF: Tensor
+    down_bias_ED: Tensor | None
+
+    def native(self) -> MlpInputs:
+        """As the kernels read them: contiguous, and the weights of the assignments in float32."""
+        held = self._replace(weights_A=self.weights_A.float())
+        tensors: list[Any] = [each if each is None else each.contiguous() for each in held]
+        return MlpInputs(*tensors)
+
+    def with_gradients(self) -> tuple[Tensor | None, ...]:
+        """Those that have one, in order."""
+        return self.x_TD, *self[3:]
+
+
+def moe_mlp(inputs: MlpInputs, activation: str, out_dtype: torch.dtype, save: bool) -> tuple[Tensor, Tensor]:
     """See `reference.moe_mlp`; fp32 or bf16 on the CPU. Sums, and hidden rows, are fp32.
 
     Returns:
         The result, and with `save` what `moe_mlp_backward` needs: the pre-activations (A, G), sorted by expert.
     """
-    inputs = [x_TD, token_ids_A, expert_ids_A, weights_A.float(), in_proj_EGD, in_bias_EG, down_proj_EDF, down_bias_ED]
-    held = [None if each is None else each.contiguous() for each in inputs]  # alive until the call is over
-    out_TD = torch.empty(x_TD.shape, dtype=out_dtype)
-    pre_AG = x_TD.new_empty(expert_ids_A.shape[0] if save else 0, in_proj_EGD.shape[1])
+    held = inputs.native()  # alive until the call is over
+    out_TD = torch.empty(held.x_TD.shape, dtype=out_dtype)
+    pre_AG = held.x_TD.new_empty(held.expert_ids_A.shape[0] if save else 0, held.in_proj_EGD.shape[1])
     addresses = (_addresses(held), out_TD.data_ptr(), pre_AG.data_ptr() if save else 0)
-    _call_mlp("moe_mlp", addresses, x_TD, expert_ids_A, in_proj_EGD, down_proj_EDF, activation, out_dtype)
+    _call_mlp("moe_mlp", addresses, held, activation, out_dtype)
     return out_TD, pre_AG
 
 
 def moe_mlp_backward(
-    grad_TD: Tensor,
-    pre_AG: Tensor,
-    x_TD: Tensor,
-    token_ids_A: Tensor,
-    expert_ids_A: Tensor,
-    weights_A: Tensor,
-    in_proj_EGD: Tensor,
-    in_bias_EG: Tensor | None,
-    down_proj_EDF: Tensor,
-    down_bias_ED: Tensor | None,
-    activation: str,
-    needed: list[bool],
+    grad_TD: Tensor, pre_AG: Tensor, inputs: MlpInputs, activation: str, needed: Sequence[bool]
 ) -> list[Tensor]:
-    """The gradients of x, the weights, in_proj, its bias, down_proj and its bias, each where `needed`, else empty."""
-    inputs = [x_TD, token_ids_A, expert_ids_A, weights_A.float(), in_proj_EGD, in_bias_EG, down_proj_EDF, down_bias_ED]
-    held = [None if each is None else each.contiguous() for each in inputs]
-    grad_TD = grad_TD.contiguous()
-    wanted = [held[index] for index in (0, 3, 4, 5, 6, 7)]
+    """The gradients of `inputs.with_gradients()`, each where `needed`, else empty."""
+    held, grad_TD = inputs.native(), grad_TD.contiguous()
     grads = [
-        torch.empty_like(each) if need and each is not None else x_TD.new_empty(0)
-        for each, need in zip(wanted, needed, strict=True)
+        torch.empty_like(each) if need and each is not None else grad_TD.new_empty(0)
+        for each, need in zip(held.with_gradients(), needed, strict=True)
     ]
-    out = _addresses([grad if need else None for grad, need in zip(grads, needed, strict=True)])
+    out = _addresses(grad if need else None for grad, need in zip(grads, needed, strict=True))
     addresses = (_addresses(held), grad_TD.data_ptr(), pre_AG.contiguous().data_ptr(), out)
-    _call_mlp("moe_mlp_backward", addresses, x_TD, expert_ids_A, in_proj_EGD, down_proj_EDF, activation, grad_TD.dtype)
+    _call_mlp("moe_mlp_backward", addresses, held, activation, grad_TD.dtype)
     return grads
 
 
-def _addresses(tensors: list[Tensor | None]) -> list[int]:
+def _addresses(tensors: Iterable[Tensor | None]) -> list[int]:
     return [0 if each is None else each.data_ptr() for each in tensors]
 
 
-def _call_mlp(
-    op: str,
-    addresses: tuple[Any, ...],
-    x_TD: Tensor,
-    expert_ids_A: Tensor,
-    in_proj_EGD: Tensor,
-    down_proj_EDF: Tensor,
-    activation: str,
-    out_dtype: torch.dtype,
-) -> None:
-    experts, hidden, inner = down_proj_EDF.shape
-    sizes = [x_TD.shape[0], expert_ids_A.shape[0], experts, hidden, inner]
-    gated = in_proj_EGD.shape[1] == 2 * inner
-    kinds = (gated, ACTIVATIONS.index(activation), DTYPES[x_TD.dtype], DTYPES[out_dtype])
+def _call_mlp(op: str, addresses: tuple[Any, ...], inputs: MlpInputs, activation: str, out_dtype: torch.dtype) -> None:
+    experts, hidden, inner = inputs.down_proj_EDF.shape
+    sizes = [inputs.x_TD.shape[0], inputs.expert_ids_A.shape[0], experts, hidden, inner]
+    gated = inputs.in_proj_EGD.shape[1] == 2 * inner
+    kinds = (gated, ACTIVATIONS.index(activation), DTYPES[inputs.x_TD.dtype], DTYPES[out_dtype])
     _raising(op, getattr(native(), op), *addresses, sizes, *kinds, num_threads())
 
 

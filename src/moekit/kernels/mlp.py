@@ -50,15 +50,13 @@ def moe_mlp(
     [11.0, 10.0]
     """
     out_dtype = x_TD.dtype if out_dtype is None else out_dtype
-    weights = (in_proj_EGD, in_bias_EG, down_proj_EDF, down_bias_ED)
-    _check(x_TD, token_ids_A, expert_ids_A, weights_A, *weights, activation, out_dtype)
-    args = (x_TD, token_ids_A, expert_ids_A, weights_A, *weights, activation, out_dtype)
+    matrices = (in_proj_EGD, in_bias_EG, down_proj_EDF, down_bias_ED)
+    inputs = cpu.MlpInputs(x_TD, token_ids_A, expert_ids_A, weights_A, *matrices)
+    _check(inputs, activation, out_dtype)
     if _backend(x_TD.device, x_TD.dtype) == "reference":
-        return reference.moe_mlp(*args)
-    save = torch.is_grad_enabled() and any(
-        each is not None and each.requires_grad for each in (x_TD, weights_A, *weights)
-    )
-    out_TD: Tensor = _moe_mlp(*args, save)[0]
+        return reference.moe_mlp(*inputs, activation, out_dtype)
+    save = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs.with_gradients())
+    out_TD: Tensor = _moe_mlp(*inputs, activation, out_dtype, save)[0]
     return out_TD
 
 
@@ -81,8 +79,9 @@ def _moe_mlp(
     out_dtype: torch.dtype,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    weights = (in_proj_EGD, in_bias_EG, down_proj_EDF, down_bias_ED)
-    return cpu.moe_mlp(x_TD, token_ids_A, expert_ids_A, weights_A, *weights, activation, out_dtype, save)
+    matrices = (in_proj_EGD, in_bias_EG, down_proj_EDF, down_bias_ED)
+    inputs = cpu.MlpInputs(x_TD, token_ids_A, expert_ids_A, weights_A, *matrices)
+    return cpu.moe_mlp(inputs, activation, out_dtype, save)
 
 
 @torch.library.custom_op("moekit::moe_mlp_backward", mutates_args=())
@@ -100,51 +99,26 @@ def _moe_mlp_backward(
     activation: str,
     needed: list[bool],
 ) -> list[Tensor]:
-    weights = (in_proj_EGD, in_bias_EG, down_proj_EDF, down_bias_ED)
-    return cpu.moe_mlp_backward(
-        grad_TD, pre_AG, x_TD, token_ids_A, expert_ids_A, weights_A, *weights, activation, needed
-    )
+    matrices = (in_proj_EGD, in_bias_EG, down_proj_EDF, down_bias_ED)
+    inputs = cpu.MlpInputs(x_TD, token_ids_A, expert_ids_A, weights_A, *matrices)
+    return cpu.moe_mlp_backward(grad_TD, pre_AG, inputs, activation, needed)
 
 
 @_moe_mlp.register_fake
-def _(
-    x_TD: Tensor,
-    token_ids_A: Tensor,
-    expert_ids_A: Tensor,
-    weights_A: Tensor,
-    in_proj_EGD: Tensor,
-    in_bias_EG: Tensor | None,
-    down_proj_EDF: Tensor,
-    down_bias_ED: Tensor | None,
-    activation: str,
-    out_dtype: torch.dtype,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
-    rows = expert_ids_A.shape[0] if save else 0
-    return x_TD.new_empty(x_TD.shape, dtype=out_dtype), x_TD.new_empty(rows, in_proj_EGD.shape[1])
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    inputs, (_, out_dtype, save) = cpu.MlpInputs(*args[:8]), args[8:]
+    x_TD, rows = inputs.x_TD, inputs.expert_ids_A.shape[0] if save else 0
+    return x_TD.new_empty(x_TD.shape, dtype=out_dtype), x_TD.new_empty(rows, inputs.in_proj_EGD.shape[1])
 
 
 @_moe_mlp_backward.register_fake
-def _(
-    grad_TD: Tensor,
-    pre_AG: Tensor,
-    x_TD: Tensor,
-    token_ids_A: Tensor,
-    expert_ids_A: Tensor,
-    weights_A: Tensor,
-    in_proj_EGD: Tensor,
-    in_bias_EG: Tensor | None,
-    down_proj_EDF: Tensor,
-    down_bias_ED: Tensor | None,
-    activation: str,
-    needed: list[bool],
-) -> list[Tensor]:
-    wanted = (x_TD, weights_A.float(), in_proj_EGD, in_bias_EG, down_proj_EDF, down_bias_ED)
+def _(*args: Any) -> list[Tensor]:
+    inputs, needed = cpu.MlpInputs(*args[2:10])._replace(weights_A=args[5].float()), args[11]
     return [
         torch.empty_like(each, memory_format=torch.contiguous_format)
         if need and each is not None
-        else x_TD.new_empty(0)
-        for each, need in zip(wanted, needed, strict=True)
+        else inputs.x_TD.new_empty(0)
+        for each, need in zip(inputs.with_gradients(), needed, strict=True)
     ]
 
 
@@ -182,18 +156,8 @@ _moe_mlp.register_autograd(_backward, setup_context=_save)
 _moe_mlp_backward.register_autograd(_no_second_derivative)
 
 
-def _check(
-    x_TD: Tensor,
-    token_ids_A: Tensor,
-    expert_ids_A: Tensor,
-    weights_A: Tensor,
-    in_proj_EGD: Tensor,
-    in_bias_EG: Tensor | None,
-    down_proj_EDF: Tensor,
-    down_bias_ED: Tensor | None,
-    activation: str,
-    out_dtype: torch.dtype,
-) -> None:
+def _check(inputs: cpu.MlpInputs, activation: str, out_dtype: torch.dtype) -> None:
+    x_TD, token_ids_A, expert_ids_A, weights_A, in_proj_EGD, in_bias_EG, down_proj_EDF, down_bias_ED = inputs
     experts, hidden, inner = _sizes("down_proj_EDF", down_proj_EDF, (None, None, None))
     _sizes("x_TD", x_TD, (None, hidden))
     width = _sizes("in_proj_EGD", in_proj_EGD, (experts, None, hidden))[1]
