@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moekit.bench import LayerShape, cases, gemm_rate, layer, read_bandwidth
+from moekit.bench import LayerShape, cases, experts, gemm_rate, layer, read_bandwidth
 from moekit.bench.timing import interleaved
 
 TINY = LayerShape(hidden_size=16, intermediate_size=8, num_experts=4, top_k=2, tokens=32)
@@ -23,6 +23,14 @@ def test_layer_rows(dtype, backward):
         # Three matrices of 8 × 16, two experts, 32 tokens, two FLOPs each; backward costs twice the forward.
         flops = 2 * 3 * 8 * 16 * 2 * 32 * (3 if backward else 1)
         assert row.gflops == pytest.approx(flops / row.milliseconds / 1e6)
+
+
+def test_more_experts_do_the_same_flops():
+    rows = experts(TINY, (2, 8), torch.float32, backward=True, repeats=2)
+    assert [row.contender for row in rows] == ["2 experts", "8 experts"]
+    for row in rows:
+        assert row.ratio == pytest.approx(rows[0].milliseconds / row.milliseconds)
+        assert row.gflops == pytest.approx(3 * 2 * 3 * 8 * 16 * 2 * 32 / row.milliseconds / 1e6)
 
 
 def test_a_contender_that_computes_something_else_is_caught(monkeypatch):

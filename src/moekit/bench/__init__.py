@@ -1,11 +1,13 @@
 """Measurements of moekit beside its peers and the machine's limits."""
 
-from moekit.bench.cases import LAYER_SHAPES, LayerShape, Row, layer, limits
+from moekit.bench.cases import EXPERT_COUNTS, EXPERT_SHAPE, LAYER_SHAPES, LayerShape, Row, experts, layer, limits
 from moekit.bench.decoders import FAST, FULL, ModelFiles
 from moekit.bench.generation import FORMATS, GenerationRow, Workload, generation
 from moekit.bench.limits import gemm_rate, int8_gemm_rate, read_bandwidth
 
 __all__ = [
+    "EXPERT_COUNTS",
+    "EXPERT_SHAPE",
     "FAST",
     "FORMATS",
     "FULL",
@@ -15,6 +17,7 @@ __all__ = [
     "ModelFiles",
     "Row",
     "Workload",
+    "experts",
     "gemm_rate",
     "generation",
     "int8_gemm_rate",

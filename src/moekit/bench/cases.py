@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,9 @@ from moekit.bench.timing import interleaved
 from moekit.config import MoEConfig
 from moekit.models.blocks import DenseMLP
 from moekit.moe import MoE
+from moekit.train.memory import freed_memory_kept
 
-__all__ = ["LAYER_SHAPES", "LayerShape", "Row", "layer", "limits"]
+__all__ = ["EXPERT_COUNTS", "EXPERT_SHAPE", "LAYER_SHAPES", "LayerShape", "Row", "experts", "layer", "limits"]
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,13 @@ LAYER_SHAPES = (
     LayerShape(1024, 2048, 8, 2, 2048),
 )
 
+EXPERT_SHAPE = LayerShape(1024, 512, 8, 8, 2048)
+EXPERT_COUNTS = (8, 32, 64, 128, 256)
+
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: `ratio` is the speed relative to the dense layer of equal active FLOPs (1 is the limit)."""
+    """One measurement: `ratio` is the speed relative to the first row of its table, which does the same FLOPs."""
 
     what: str
     contender: str
@@ -70,13 +75,7 @@ def layer(shape: LayerShape, dtype: torch.dtype, backward: bool, repeats: int) -
         AssertionError: a contender computes something else than ours.
     """
     torch.manual_seed(0)
-    config = MoEConfig(
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_experts=shape.num_experts,
-        top_k=shape.top_k,
-    )
-    ours = MoE(config).to(dtype)
+    ours = MoE(_config(shape)).to(dtype)
     layers: dict[str, nn.Module] = {
         "dense (limit)": DenseMLP(shape.hidden_size, shape.intermediate_size * shape.top_k).to(dtype),
         "moekit": ours,
@@ -86,11 +85,42 @@ def layer(shape: LayerShape, dtype: torch.dtype, backward: bool, repeats: int) -
     x = torch.randn(1, shape.tokens, shape.hidden_size).to(dtype).requires_grad_(backward)
     _check_agreement(layers, x)
     seconds = interleaved({name: _step(module, x, backward) for name, module in layers.items()}, repeats)
+    return _rows(seconds, f"{_pass(dtype, backward)}, {shape}", shape, backward)
+
+
+def experts(shape: LayerShape, counts: Sequence[int], dtype: torch.dtype, backward: bool, repeats: int) -> list[Row]:
+    """Time our layer with more and more experts of which each token takes equally many: the FLOPs stay the same.
+
+    As in a training (`freed_memory_kept`), memory of one step serves the next.
+    """
+    torch.manual_seed(0)
+    x = torch.randn(1, shape.tokens, shape.hidden_size).to(dtype).requires_grad_(backward)
+    layers = {
+        f"{count} experts": MoE(_config(dataclasses.replace(shape, num_experts=count))).to(dtype) for count in counts
+    }
+    with freed_memory_kept():
+        seconds = interleaved({name: _step(module, x, backward) for name, module in layers.items()}, repeats)
+    what = f"{_pass(dtype, backward)}, hidden {shape.hidden_size}, width {shape.intermediate_size}, "
+    return _rows(seconds, f"{what}top-{shape.top_k} of more and more experts, {shape.tokens} tokens", shape, backward)
+
+
+def _rows(seconds: Mapping[str, float], what: str, shape: LayerShape, backward: bool) -> list[Row]:
     flops = (3 if backward else 1) * 6 * shape.tokens * shape.top_k * shape.hidden_size * shape.intermediate_size
-    name = str(dtype).removeprefix("torch.")
-    what = f"{name} {'forward + backward' if backward else 'forward'}, {shape}"
-    limit = seconds["dense (limit)"]
-    return [Row(what, who, 1e3 * took, flops / took / 1e9, limit / took) for who, took in seconds.items()]
+    first = next(iter(seconds.values()))
+    return [Row(what, who, 1e3 * took, flops / took / 1e9, first / took) for who, took in seconds.items()]
+
+
+def _pass(dtype: torch.dtype, backward: bool) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {'forward + backward' if backward else 'forward'}"
+
+
+def _config(shape: LayerShape) -> MoEConfig:
+    return MoEConfig(
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_experts=shape.num_experts,
+        top_k=shape.top_k,
+    )
 
 
 def _output(module: nn.Module, x: Tensor) -> Tensor:

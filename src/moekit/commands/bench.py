@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from moekit.bench import GenerationRow, Row
 
-Case = Literal["limits", "layer", "prefill", "decode"]
-CASES: tuple[Case, ...] = ("limits", "layer", "prefill", "decode")
+Case = Literal["limits", "layer", "experts", "prefill", "decode"]
+CASES: tuple[Case, ...] = ("limits", "layer", "experts", "prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Options:
     """Measure a layer and a whole decoder beside transformers, llama.cpp and the machine's limits; medians, ratios."""
 
     cases: Annotated[tuple[Case, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CASES")] = CASES
-    """limits, layer, prefill, decode; all of them when none is named."""
+    """limits, layer, experts, prefill, decode; all of them when none is named."""
     fast: bool = False
     """The first shape of the layer only; one layer of the decoder, and fewer rounds."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -63,6 +63,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         soft_wrap=True,
     )
     rows = _layers(options, console) if "layer" in options.cases else []
+    rows += _experts(options, console) if "experts" in options.cases else []
     generation = _generation(options, limits, console) if {"prefill", "decode"} & {*options.cases} else []
     if options.plot is not None:
         _plot(rows, generation, options.plot)
@@ -88,8 +89,23 @@ def _layers(options: Options, console: Console) -> list[Row]:
         for backward in (False, True):
             with console.status(str(shape)):
                 new = bench.layer(shape, getattr(torch, options.dtype), backward, options.repeats)
-            _print_layer(new, console)
+            _print_layer(new, "of dense", console)
             rows += new
+    return rows
+
+
+def _experts(options: Options, console: Console) -> list[Row]:
+    import torch
+
+    from moekit import bench
+
+    counts = bench.EXPERT_COUNTS[:: 4 if options.fast else 1]
+    dtype, rows = getattr(torch, options.dtype), []
+    for backward in (False, True):
+        with console.status("more and more experts"):
+            new = bench.experts(bench.EXPERT_SHAPE, counts, dtype, backward, options.repeats)
+        _print_layer(new, f"of {counts[0]} experts", console)
+        rows += new
     return rows
 
 
@@ -114,12 +130,12 @@ def _generation(options: Options, limits: dict[str, float], console: Console) ->
     return rows
 
 
-def _print_layer(rows: list[Row], console: Console) -> None:
+def _print_layer(rows: list[Row], relative: str, console: Console) -> None:
     from rich.table import Table
 
     console.print(f"\n{rows[0].what}", highlight=False, soft_wrap=True)
     table = Table("contender")
-    for column in ("ms", "GFLOP/s", "of dense"):
+    for column in ("ms", "GFLOP/s", relative):
         table.add_column(column, justify="right")
     for row in rows:
         style = "bold" if row.contender == "moekit" else ""
