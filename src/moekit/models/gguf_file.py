@@ -33,6 +33,8 @@ _STRING, _ARRAY = 8, 9
 _MAX_NESTING = 4
 _MAX_HEADER = 1 << 28
 _MAX_DIMENSIONS = 4
+_CHUNK = 1 << 20
+"""Elements that are dequantised at once: numpy's temporaries for them are ten times as large."""
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 
@@ -81,7 +83,7 @@ class GGUFFile:
         self.tensors = _place(infos, _data_start(header.at, self.metadata, str(path)), size, str(path))
 
     def read(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """The tensor `name`, dequantised: float32 in its shape.
+        """The tensor `name`, dequantised: float32 in its shape; beside it, some megabytes are in use.
 
         Raises:
             FormatError: there is no such tensor.
@@ -92,18 +94,25 @@ class GGUFFile:
         if name not in self.tensors:
             raise FormatError(f"{self.path} has no tensor {name!r}")
         info = self.tensors[name]
-        with file_errors(self.path, "read"), self.path.open("rb") as file:
-            file.seek(info.offset)
-            data = np.frombuffer(file.read(info.nbytes), np.uint8)
-        if data.size != info.nbytes:
-            raise FormatError(f"{self.path} ends inside tensor {name!r}")
+        columns, kind = info.shape[-1], GGMLQuantizationType[info.kind]
+        rows = math.prod(info.shape[:-1])
+        row_bytes = info.nbytes // rows
+        at_once = max(1, _CHUNK // columns)
+        whole = np.empty((rows, columns), np.float32)
         try:
-            rows = quants.dequantize(data.reshape(math.prod(info.shape[:-1]), -1), GGMLQuantizationType[info.kind])
+            with file_errors(self.path, "read"), self.path.open("rb") as file:
+                file.seek(info.offset)
+                for start in range(0, rows, at_once):
+                    part = whole[start : start + at_once]
+                    data = np.frombuffer(file.read(len(part) * row_bytes), np.uint8)
+                    if data.size != len(part) * row_bytes:
+                        raise FormatError(f"{self.path} ends inside tensor {name!r}")
+                    part[:] = quants.dequantize(data.reshape(len(part), row_bytes), kind)
         except NotImplementedError:
             raise UnsupportedError(
                 f"{self.path}: tensor {name!r} is {info.kind}, which cannot be dequantised"
             ) from None
-        return rows.reshape(info.shape)
+        return whole.reshape(info.shape)
 
 
 class _Header:

@@ -9,11 +9,22 @@ from typing import Any
 from moekit.config import ModelConfig, MoEConfig
 from moekit.errors import FormatError, UnsupportedError
 
-__all__ = ["PACKED_METHOD", "Keys", "packed_by_us", "refuse_inexpressible", "refuse_unsupported", "unsupported"]
+__all__ = [
+    "PACKED_METHOD",
+    "PUBLISHED_METHODS",
+    "Keys",
+    "packed_by_us",
+    "quant_method",
+    "refuse_inexpressible",
+    "refuse_unsupported",
+    "unsupported",
+]
 
 
 PACKED_METHOD = "moekit"
 """The quant_method of quantization_config in a packed folder, a name that no other program knows."""
+PUBLISHED_METHODS = ("fp8", "mxfp4")
+"""Those of other programs that are dequantised while they are read."""
 
 
 class Keys:
@@ -76,8 +87,10 @@ def refuse_unsupported(keys: Keys) -> None:
     activation = keys.optional("hidden_act") or "silu"
     unsupported(keys, activation != "silu", f"hidden_act {activation!r}", "'silu'")
     unsupported(keys, keys.flag("mlp_bias"), "mlp_bias true", "MLPs without biases")
-    foreign = keys.has("quantization_config") and not packed_by_us(keys.values)
-    unsupported(keys, foreign, "a quantization_config of another program", "plain floats and what `moekit pack` writes")
+    method = quant_method(keys.values)
+    known = method in (None, PACKED_METHOD, *PUBLISHED_METHODS)
+    readable = f"plain floats, {', '.join(PUBLISHED_METHODS)} and what `moekit pack` writes"
+    unsupported(keys, not known, f"a quantization_config of quant_method {method!r}", readable)
     if keys.has("sliding_window") and keys.flag("use_sliding_window"):
         window, longest = keys.whole("sliding_window"), keys.whole("max_position_embeddings")
         short = window < longest
@@ -86,8 +99,13 @@ def refuse_unsupported(keys: Keys) -> None:
 
 def packed_by_us(values: Mapping[str, Any]) -> bool:
     """Whether config.json is that of a packed folder."""
-    quantisation = values.get("quantization_config")
-    return isinstance(quantisation, Mapping) and quantisation.get("quant_method") == PACKED_METHOD
+    return quant_method(values) == PACKED_METHOD
+
+
+def quant_method(values: Mapping[str, Any]) -> Any:
+    """How config.json says the weights are quantised; None where they are plain."""
+    found = values.get("quantization_config")
+    return found.get("quant_method", "(none)") if isinstance(found, Mapping) else found
 
 
 def unsupported(keys: Keys, wrong: bool, what: str, instead: str) -> None:

@@ -1,7 +1,8 @@
 """Weights between disk and `Decoder`, one tensor at a time: safetensors both ways, GGUF in.
 
 Loading first compares names and shapes with what the configuration asks for, then fills a decoder that was built
-without memory: its peak is the model and one tensor. Saving writes Hugging Face's layout the same way.
+without memory: its peak is the model and one tensor. Weights published in fp8 or mxfp4 become plain on the way
+(`dequantise.py`). Saving writes Hugging Face's layout the same way.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from moekit.errors import FileError, FormatError, UnsafeFileError, UnsupportedEr
 from moekit.files import file_errors, read_json, replacing_folder, write_atomic
 from moekit.models.archs import ARCHS, config_to_hf, is_packed, read_config
 from moekit.models.decoder import Decoder
+from moekit.models.dequantise import Scheme
 from moekit.models.gguf_archs import GGUF_ARCHS, gguf_config
 from moekit.models.gguf_file import GGUFFile
 from moekit.models.layout import Layout, Piece
@@ -40,7 +42,9 @@ class Source(Protocol):
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A plain float tensor, as it is stored or in `dtype`."""
+        ...
 
 
 def load_decoder(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Decoder:
@@ -48,7 +52,7 @@ def load_decoder(path: str | os.PathLike[str], dtype: torch.dtype | None = None)
 
     Args:
         path: the folder or file.
-        dtype: of every parameter; None keeps each as it is stored (GGUF: float32).
+        dtype: of every parameter; None keeps each as it is stored (GGUF: float32; fp8 and mxfp4: bfloat16).
     Returns:
         A decoder in evaluation mode on the CPU.
     Raises:
@@ -91,7 +95,7 @@ class StoredDecoder:
             self.config = read_config(path)
             if is_packed(path):
                 raise UnsupportedError(f"{path} is packed by moekit: this needs the unquantised model")
-            self._source = _open_folder(path)
+            self._source = _open_folder(path, Scheme.of(read_json(path / "config.json"), f"{path / 'config.json'}"))
             layout = ARCHS[self.config.arch].hf
         self.empty = empty_decoder(self.config, len(self._source.shapes), self._where)
         self._plan = _plan(self.empty, layout, self._source, self._where)
@@ -99,7 +103,7 @@ class StoredDecoder:
         self.names = list(self._plan)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The parameter `name`, as it is stored (GGUF: float32) or in `dtype`."""
+        """The parameter `name`, as it is stored (GGUF: float32; fp8 and mxfp4: bfloat16) or in `dtype`."""
         return _assemble(self._shapes[name], self._plan[name], self._source, self._where, dtype)
 
 
@@ -202,16 +206,14 @@ def _assemble(shape: torch.Size, pieces: list[Piece], source: Source, where: str
     """The parameter that `pieces` make up; one of them is in memory at a time."""
     whole: Tensor | None = None
     for piece in pieces:
-        part = source.read(piece.name)
-        if part.dtype not in _FLOATS:
-            raise UnsupportedError(f"{where}: {piece.name!r} is stored as {part.dtype}; moekit loads plain floats")
+        part = source.read(piece.name, dtype)
         if piece.rotary_heads:
             part = _deinterleave(part, piece.rotary_heads)
         if piece.index == ():
-            return part.to(dtype or part.dtype)
+            return part.contiguous()
         if whole is None:
-            whole = torch.empty(shape, dtype=dtype or part.dtype)
-        if dtype is None and part.dtype != whole.dtype:
+            whole = torch.empty(shape, dtype=part.dtype)
+        if part.dtype != whole.dtype:
             raise FormatError(
                 f"{where}: {piece.name!r} is {part.dtype}, the experts before it {whole.dtype}: give a dtype"
             )
@@ -231,8 +233,8 @@ class _GGUFSource:
         self.file = file
         self.shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
 
-    def read(self, name: str) -> Tensor:
-        return torch.from_numpy(self.file.read(name).copy())
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.from_numpy(self.file.read(name)).to(dtype or torch.float32)
 
 
 class _SafetensorsSource:
@@ -240,23 +242,48 @@ class _SafetensorsSource:
 
     def __init__(self, files: list[SafetensorsFile]) -> None:
         self.home: dict[str, SafetensorsFile] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
-            for name, tensor in file.tensors.items():
+            for name in file.tensors:
                 if name in self.home:
                     raise FormatError(f"tensor {name!r} is in both {self.home[name].path} and {file.path}")
-                self.home[name], self.shapes[name] = file, tensor.shape
+                self.home[name] = file
+        self.tensors = {name: file.tensors[name] for name, file in self.home.items()}
+        self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
 
-    def read(self, name: str) -> Tensor:
+    def stored(self, name: str) -> Tensor:
         return self.home[name].read(name)
 
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        kind = self.tensors[name].dtype
+        if kind not in _FLOATS:
+            raise UnsupportedError(f"{self.home[name].path}: {name!r} is stored as {kind}; moekit loads plain floats")
+        return self.stored(name).to(dtype or kind)
 
-def _open_folder(folder: Path) -> _SafetensorsSource:
+
+class _Dequantised:
+    """The same, where some make up others; those are read together and bfloat16 unless told otherwise."""
+
+    def __init__(self, source: _SafetensorsSource, scheme: Scheme, where: str) -> None:
+        self._source, self._recipes = source, scheme.plan(source.tensors, where)
+        used = {part for recipe in self._recipes.values() for part in recipe.parts}
+        self.shapes = {name: shape for name, shape in source.shapes.items() if name not in used}
+        self.shapes |= {name: recipe.shape for name, recipe in self._recipes.items()}
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        recipe = self._recipes.get(name)
+        if recipe is None:
+            return self._source.read(name, dtype)
+        return recipe.make(*map(self._source.stored, recipe.parts), dtype=dtype or torch.bfloat16)
+
+
+def _open_folder(folder: Path, scheme: Scheme | None) -> Source:
     if (folder / _SINGLE).exists():
-        return _SafetensorsSource([SafetensorsFile(folder / _SINGLE)])
-    if (folder / _INDEX).exists():
-        return _open_index(folder / _INDEX)
-    raise FileError(f"{folder} has no {_SINGLE} and no {_INDEX}")
+        source = _SafetensorsSource([SafetensorsFile(folder / _SINGLE)])
+    elif (folder / _INDEX).exists():
+        source = _open_index(folder / _INDEX)
+    else:
+        raise FileError(f"{folder} has no {_SINGLE} and no {_INDEX}")
+    return _Dequantised(source, scheme, str(folder)) if scheme else source
 
 
 def _open_index(path: Path) -> _SafetensorsSource:
