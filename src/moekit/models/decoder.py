@@ -6,6 +6,7 @@ Shapes: B batch, L length, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -22,8 +23,9 @@ from moekit.kernels.quant import quant_linear
 from moekit.models.attention import Attention, AttentionInput, attention_mask
 from moekit.models.blocks import DenseMLP, RMSNorm, rotary_angles
 from moekit.models.cache import KVCache
-from moekit.models.steps import DecoderSteps, obstacle
+from moekit.models.steps import DecoderSteps, Token, obstacle
 from moekit.moe import Linear, MoE, Routing, RoutingRecord
+from moekit.moe.replay import is_bound
 
 __all__ = ["Block", "Decoder", "DecoderOutput", "Features"]
 
@@ -137,12 +139,38 @@ class Decoder(nn.Module):
         x_BLD = self.embed(input_ids)
         if obstacle(input_ids, cache, x_BLD.dtype) is None:
             assert cache is not None
-            x_BLD, routings = self._steps.run(self.layers, x_BLD, inputs, cache, self.config)
-        else:
-            x_BLD, routings = self._through_modules(x_BLD, inputs(), checkpointing)
+            return self._steps_of([Token(x_BLD, cache, inputs)])[0]
+        x_BLD, routings = self._through_modules(x_BLD, inputs(), checkpointing)
         if cache is not None:
             cache.advance(input_ids.shape[1])
         return Features(self.norm(x_BLD), routings)
+
+    def forward_each(self, tokens: Sequence[int], caches: Sequence[KVCache]) -> list[DecoderOutput]:
+        """One new token (logits 1, 1, V) of each of several sequences of any lengths, each after its own cache.
+
+        Bit for bit what `forward` gives for one at a time, and nothing is padded. Where tokens go through the native
+        steps they do so a block at a time, so that each block's weights come from memory once for all of them;
+        elsewhere, and while a RoutingRecord is bound, one after the other.
+
+        Raises:
+            ContextLengthError: a sequence is at the end of the model's context.
+        """
+        ids = [torch.tensor([[token]], device=self.device) for token in tokens]
+        pairs = list(zip(ids, caches, strict=True))
+        x_BLDs = [self.embed(each) for each in ids]
+        if is_bound() or any(obstacle(each, cache, x_BLDs[0].dtype) for each, cache in pairs):
+            return [self(each, cache=cache, last_only=True) for each, cache in pairs]
+        for each, cache in pairs:
+            self._check(each, cache, None, None)
+        inputs = [partial(self._inputs, each, cache, None, None) for each, cache in pairs]
+        features = self._steps_of(list(map(Token, x_BLDs, caches, inputs)))
+        return [DecoderOutput(self.logits(each.hidden_BLD), each.routings) for each in features]
+
+    def _steps_of(self, tokens: Sequence[Token]) -> list[Features]:
+        self._steps.run(self.layers, tokens, self.config)
+        for token in tokens:
+            token.cache.advance(1)
+        return [Features(self.norm(token.as_module_takes_it()), tuple(token.routings)) for token in tokens]
 
     def _through_modules(
         self, x_BLD: Tensor, inputs: AttentionInput, checkpointing: str

@@ -8,7 +8,7 @@ Shapes: B batch, L length, D hidden, h key–value heads, d head dimension, S po
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, Generic, TypeVar
 
@@ -38,10 +38,11 @@ from moekit.moe.dispatch import LocalDispatcher
 from moekit.moe.replay import is_bound
 from moekit.moe.router import Router
 
-__all__ = ["DecoderSteps", "obstacle"]
+__all__ = ["DecoderSteps", "Token", "obstacle"]
 
 StepT = TypeVar("StepT", AttentionStep, MLPStep)
 _ANGLES = 256  # positions whose angles are computed at once
+_MOST_ANGLES = 64  # such stretches that are kept: sequences of a batch are at different ones
 
 
 def obstacle(input_ids: Tensor, cache: KVCache | None, dtype: torch.dtype) -> str | None:
@@ -64,7 +65,7 @@ class DecoderSteps:
 
     def __init__(self) -> None:
         self._blocks: list[tuple[_Kept[AttentionStep], _Kept[MLPStep]]] = []
-        self._angles: tuple[Any, Tensor] | None = None
+        self._angles: dict[tuple[int, ModelConfig, torch.dtype], Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DecoderSteps:
         return DecoderSteps()
@@ -81,23 +82,17 @@ class DecoderSteps:
         attention, mlp = (sum(part) for part in zip(*found, strict=True))
         return f"decode: native steps for the attention of {attention} and the MLP of {mlp} of {len(blocks)} blocks"
 
-    def run(
-        self,
-        layers: Iterable[Any],
-        x_BLD: Tensor,
-        inputs: Callable[[], AttentionInput],
-        cache: KVCache,
-        config: ModelConfig,
-    ) -> tuple[Tensor, tuple[Routing, ...]]:
-        """One token (1, 1, D) through all blocks; `inputs` makes what a block's own forward takes beside x."""
-        token, routings = _Token(x_BLD, cache, inputs), []
-        angles_2h = self._angles_at(cache.length, config, x_BLD.dtype)
+    def run(self, layers: Iterable[Any], tokens: Sequence[Token], config: ModelConfig) -> None:
+        """Tokens of different sequences through all blocks, a block at a time, so that what one token read from memory
+        is near for the others. No number depends on which other tokens there are."""
+        dtype = tokens[0].dtype
+        angles = [self._angles_at(token.cache.length, config, dtype) for token in tokens]
         for block, (attention, mlp) in zip(layers, self._of(layers), strict=True):
-            token.attend(block, attention.get(x_BLD.dtype), angles_2h)
-            routing = token.think(block, mlp.get(x_BLD.dtype))
-            if routing is not None:
-                routings.append(routing)
-        return token.as_module_takes_it(), tuple(routings)
+            attention_step, mlp_step = attention.get(dtype), mlp.get(dtype)
+            for token, angles_2h in zip(tokens, angles, strict=True):
+                token.attend(block, attention_step, angles_2h)
+            for token in tokens:
+                token.think(block, mlp_step)
 
     def _of(self, layers: Iterable[Any]) -> list[tuple[_Kept[AttentionStep], _Kept[MLPStep]]]:
         blocks = list(layers)
@@ -108,41 +103,58 @@ class DecoderSteps:
     def _angles_at(self, position: int, config: ModelConfig, dtype: torch.dtype) -> Tensor:
         """(2, d/2) float32: cosines and sines, rounded as the modules round them."""
         first = position - position % _ANGLES
-        if self._angles is None or self._angles[0] != (first, config, dtype):
+        key = (first, config, dtype)
+        if key not in self._angles:
+            if len(self._angles) == _MOST_ANGLES:
+                self._angles.clear()
             factors = rotary_angles(torch.arange(first, first + _ANGLES)[None], config)
             halves = [factor[0, 0, :, : config.head_dim // 2].to(dtype).float() for factor in factors]
-            self._angles = (first, config, dtype), torch.stack(halves, dim=1).contiguous()
-        return self._angles[1][position - first]
+            self._angles[key] = torch.stack(halves, dim=1).contiguous()
+        return self._angles[key][position - first]
 
 
-class _Token:
-    """The hidden state of one token on its way through the blocks: float32, rounded to the model's dtype."""
+class Token:
+    """The hidden state of one token on its way through the blocks: float32, rounded to the model's dtype.
+
+    Args:
+        x_BLD: (1, 1, D), as embedded.
+        cache: its sequence's past.
+        inputs: makes what a block's own forward takes beside x.
+
+    Attributes:
+        routings: one an MoE layer passed, in layer order.
+    """
 
     def __init__(self, x_BLD: Tensor, cache: KVCache, inputs: Callable[[], AttentionInput]) -> None:
-        self._shape, self._dtype = x_BLD.shape, x_BLD.dtype
+        self.dtype, self.cache = x_BLD.dtype, cache
+        self.routings: list[Routing] = []
+        self._shape = x_BLD.shape
         self._x_D = x_BLD.to(torch.float32, copy=True).flatten()
-        self._cache, self._inputs = cache, inputs
+        self._inputs = inputs
 
     def as_module_takes_it(self) -> Tensor:
         """(1, 1, D) in the model's dtype."""
-        return self._x_D.to(self._dtype).view(self._shape)
+        return self._x_D.to(self.dtype).view(self._shape)
 
     def attend(self, block: Any, step: AttentionStep | None, angles_2h: Tensor) -> None:
         """The attention of a block, in its step if it has one."""
         if step is not None:
-            step(self._x_D, angles_2h, self._cache.room(block.attn.layer, 1), self._cache.length)
+            step(self._x_D, angles_2h, self.cache.room(block.attn.layer, 1), self.cache.length)
             return
         x_BLD = self.as_module_takes_it()
         self._take(x_BLD + block.attn(block.attn_norm(x_BLD), self._inputs()))
 
-    def think(self, block: Any, step: MLPStep | None) -> Routing | None:
-        """The MLP of a block. A router that the step does not know runs as a module, and so does one whose decisions
-        are being recorded or repeated."""
-        if step is None:
-            return self._think_in_modules(block)
-        if not isinstance(block.mlp, MoE):
+    def think(self, block: Any, step: MLPStep | None) -> None:
+        """The MLP of a block; its routing, if any, joins `routings`. A router that the step does not know runs as a
+        module, and so does one whose decisions are being recorded or repeated."""
+        if step is not None and not isinstance(block.mlp, MoE):
             step(self._x_D)
-            return None
+            return
+        routing = self._think_in_modules(block) if step is None else self._route(block, step)
+        if routing is not None:
+            self.routings.append(routing)
+
+    def _route(self, block: Any, step: MLPStep) -> Routing:
         if step.gate is not None and not is_bound():
             logits_TE, ids_A, weights_A = step.route(self._x_D)
             return Routing(_zeros(len(ids_A)), ids_A, weights_A, logits_TE, len(ids_A))
