@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 
 import pytest
 
-from moekit.errors import FileError, FormatError
-from moekit.files import file_errors, replacing, replacing_folder, write_atomic
+from moekit.errors import FileError, FormatError, UnsafeFileError
+from moekit.files import (
+    file_errors,
+    parse_json,
+    read_json,
+    replacing,
+    replacing_folder,
+    stays_inside,
+    write_atomic,
+)
 
 
 def fail_with(code):
@@ -129,3 +138,42 @@ def test_the_current_folder_can_be_named_by_a_dot(tmp_path, monkeypatch):
         (temporary / "a").write_text("1")
     assert names(tmp_path / "here") == ["a"]
     assert names(tmp_path) == ["here"]
+
+
+def test_pipes_and_folders_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, words in ((tmp_path / "pipe", "it is not a file"), (tmp_path, "directory"), ("/dev/zero", "not a file")):
+        with pytest.raises(FileError, match=words):
+            read_json(path)
+
+
+def test_a_name_that_occurs_twice_among_many_is_found_at_once():
+    names = ",".join(f'"{number}":0' for number in range(200_000))
+    start = time.process_time()
+    with pytest.raises(FormatError, match=r"the name '199999' occurs twice"):
+        parse_json(f'{{{names},"199999":1}}'.encode(), "a")
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize("name", ["../a", "/a", "a/b", "a\\b", "", ".", "..", "a\0", "a\n", "\ud800"])
+def test_names_that_are_paths_or_no_text_are_refused(tmp_path, name):
+    with pytest.raises(UnsafeFileError, match="is not the name of a file"):
+        stays_inside(tmp_path, name)
+
+
+def test_links_stay_in_their_folder_or_in_the_blobs_of_the_hub_cache(tmp_path):
+    (tmp_path / "out").write_text("")
+    folder = tmp_path / "repo" / "snapshots" / "abc"
+    blobs = tmp_path / "repo" / "blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "1f").write_text("")
+    for name, target in {"in": "real", "blob": "../../blobs/1f", "out": "../../../out", "deep": "../../blobs"}.items():
+        (folder / name).symlink_to(target)
+    assert stays_inside(folder, "in") == folder.resolve() / "real"
+    assert stays_inside(folder, "blob") == (blobs / "1f").resolve()
+    for name in ("out", "deep"):
+        with pytest.raises(UnsafeFileError, match="out of its folder; copy the file instead"):
+            stays_inside(folder, name)
+    (tmp_path / "same").symlink_to(folder)
+    assert stays_inside(tmp_path / "same", "real") == folder.resolve() / "real"

@@ -18,6 +18,9 @@ The command line prints the message alone and exits with code 2; with `--debug` 
 
 from __future__ import annotations
 
+import reprlib
+from typing import Any
+
 __all__ = [
     "BackendError",
     "ConfigError",
@@ -31,6 +34,7 @@ __all__ = [
     "UnknownNameError",
     "UnsafeFileError",
     "UnsupportedError",
+    "shown",
 ]
 
 
@@ -87,3 +91,16 @@ class MissingExtraError(MoekitError, ImportError):
 
     def __init__(self, package: str, *, extra: str) -> None:
         super().__init__(f"{package} is not installed: pip install 'moekit[{extra}]'")
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 160
+
+
+def shown(value: Any) -> str:
+    """What a file says, for a message: its `repr`, cut to the length of a line.
+
+    >>> shown("model.norm.weight"), len(shown("x" * 1_000_000)), shown(list(range(1000)))
+    ("'model.norm.weight'", 160, '[0, 1, 2, 3, 4, 5, ...]')
+    """
+    return _SHORT.repr(value)

@@ -11,14 +11,24 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from moekit.errors import FileError, FormatError, MoekitError
+from moekit.errors import FileError, FormatError, MoekitError, UnsafeFileError, shown
 
-__all__ = ["file_errors", "parse_json", "read_json", "replacing", "replacing_folder", "write_atomic"]
+__all__ = [
+    "file_errors",
+    "open_regular",
+    "parse_json",
+    "read_json",
+    "replacing",
+    "replacing_folder",
+    "stays_inside",
+    "write_atomic",
+]
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -44,16 +54,56 @@ def file_errors(path: str | os.PathLike[str], doing: str = "write") -> Iterator[
         raise FileError(f"cannot {doing} {os.fspath(path)}: {reason}") from error
 
 
+@contextmanager
+def open_regular(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, int]]:
+    """(the file at `path` to read bytes from, its size); a pipe or a device, which may never end, is refused.
+
+    Raises:
+        FileError: it is missing, cannot be read, or is no file.
+    """
+    # Without O_NONBLOCK the opening of a pipe would wait for somebody to write.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+    with file_errors(path, "read"), os.fdopen(os.open(path, flags), "rb") as file:
+        info = os.fstat(file.fileno())
+        if not stat.S_ISREG(info.st_mode):
+            raise FileError(f"cannot read {os.fspath(path)}: it is not a file")
+        yield file, info.st_size
+
+
+def stays_inside(folder: str | os.PathLike[str], name: str) -> Path:
+    """The path of the file `name` of `folder`, links followed.
+
+    A link may lead to the files that Hugging Face's cache keeps for the folder (`blobs`, beside `snapshots`).
+
+    Raises:
+        UnsafeFileError: `name` is a path, or a link that leads out of the folder.
+    """
+    if name != os.path.basename(name) or "\\" in name or name in ("", ".", "..") or not name.isprintable():
+        raise UnsafeFileError(f"{shown(name)} is not the name of a file in {folder}")
+    with file_errors(Path(folder, name), "read"):
+        home = Path(folder).resolve()
+        target = (home / name).resolve()
+    allowed = {home} | ({home.parent.parent / "blobs"} if home.parent.name == "snapshots" else set())
+    if target.parent not in allowed:
+        raise UnsafeFileError(f"{Path(folder, name)} is a link to {target}, out of its folder; copy the file instead")
+    return target
+
+
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object in the file at `path`.
 
     Raises:
         FileError: the file is missing or cannot be read.
-        FormatError: it holds no JSON object.
+        FormatError: it holds no JSON object, or more than 100 MB.
     """
-    with file_errors(path, "read"):
-        data = Path(path).read_bytes()
+    with open_regular(path) as (file, size):
+        if size > _MAX_JSON:
+            raise FormatError(f"{path} has {size} bytes, and moekit reads JSON of at most {_MAX_JSON}")
+        data = file.read()
     return parse_json(data, os.fspath(path))
+
+
+_MAX_JSON = 100_000_000
 
 
 def parse_json(data: bytes, source: str) -> dict[str, Any]:
@@ -70,9 +120,11 @@ def parse_json(data: bytes, source: str) -> dict[str, Any]:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in value if names.count(name) > 1)
-        raise ValueError(f"the name {twice!r} occurs twice")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"the name {shown(name)} occurs twice")
+            seen.add(name)
     return value
 
 

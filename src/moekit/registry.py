@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from moekit.errors import UnknownNameError
+from moekit.errors import UnknownNameError, shown
 
 __all__ = ["Registry"]
 
@@ -45,8 +45,8 @@ class Registry(Generic[T]):
         return add
 
     def __getitem__(self, name: str) -> T:
-        if name not in self._items:
-            raise UnknownNameError(f"unknown {self.kind} {name!r}; choose from: {', '.join(sorted(self._items))}")
+        if not isinstance(name, str) or name not in self._items:
+            raise UnknownNameError(f"unknown {self.kind} {shown(name)}; choose from: {', '.join(sorted(self._items))}")
         return self._items[name]
 
     def __contains__(self, name: object) -> bool:

@@ -29,11 +29,11 @@ def _flip(data, edits):
 
 
 def survives(load):
-    """Run `load`: it must end well or in an error of ours of one line, within a second."""
-    start, message = time.perf_counter(), ""
+    """Run `load`: it must end well or in an error of ours of one line, within a second of the processor."""
+    start, message = time.process_time(), ""
     try:
         load()
     except MoekitError as error:
         message = str(error)
     assert "\n" not in message
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0

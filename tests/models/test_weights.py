@@ -7,6 +7,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -242,18 +244,85 @@ def sharded(tmp_path):
 )
 def test_an_index_that_points_out_of_its_folder_is_not_followed(sharded, name):
     folder = sharded(lambda weight_map: weight_map.update({"model.norm.weight": name}))
-    with pytest.raises(UnsafeFileError, match=r"only .safetensors files of its own folder"):
+    with pytest.raises(UnsafeFileError, match=r"(only .safetensors files|is not the name of a file in)"):
         load_decoder(folder)
+
+
+def test_shards_that_are_links_out_of_the_folder_are_not_followed(sharded):
+    folder = sharded(lambda m: None)
+    third = folder / "model-00003-of-00003.safetensors"
+    third.rename(folder.parent / "elsewhere.safetensors")
+    third.symlink_to("../elsewhere.safetensors")
+    with pytest.raises(UnsafeFileError, match=r"00003-of-00003.safetensors is a link to .*elsewhere"):
+        load_decoder(folder)
+
+
+def test_an_index_that_lists_a_tensor_twice_is_named(sharded):
+    folder = sharded(lambda m: None)
+    text = (folder / INDEX).read_text()
+    line = '"model.norm.weight": "model-00001-of-00003.safetensors",'
+    (folder / INDEX).write_text(text.replace('"weight_map": {', f'"weight_map": {{ {line}'))
+    with pytest.raises(FormatError, match=r"the name 'model.norm.weight' occurs twice"):
+        load_decoder(folder)
+
+
+def test_loading_shards_holds_the_model_and_the_largest_tensor(tmp_path):
+    """Peak of a process of its own: 3 layers of 4 experts, 108 MB in bf16, in shards of 30 MB; the largest is 8 MB.
+
+    glibc is told to give large blocks back at once; its own reserve is up to 36 MB, whatever the size of the model.
+    """
+    config = transformers.MixtralConfig(
+        vocab_size=4096,
+        hidden_size=1024,
+        intermediate_size=896,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    model = transformers.MixtralForCausalLM(config).bfloat16()
+    model.save_pretrained(tmp_path, max_shard_size="30MB")
+    assert len(names(tmp_path)) > 4
+    code = """
+import sys
+from moekit.models.weights import load_decoder
+load_decoder(sys.argv[1] + "/tiny")  # what loading imports is not what it holds
+clear = open("/proc/self/clear_refs", "w")
+clear.write("5")  # the high-water mark starts again
+clear.close()
+status = lambda key: int(open("/proc/self/status").read().split(key)[1].split()[0]) * 1024
+before = status("VmRSS:")
+model = load_decoder(sys.argv[1])
+print(status("VmHWM:") - before, sum(p.nbytes for p in model.parameters()))
+"""
+    write("mixtral", tmp_path / "tiny")
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "500000", "MALLOC_TRIM_THRESHOLD_": "500000"}
+    run = subprocess.run(
+        [sys.executable, "-c", code, tmp_path],
+        env={**os.environ, **allocator},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    peak, size = map(int, run.stdout.split())
+    largest = max(
+        tensor.end - tensor.start
+        for path in tmp_path.glob("*.safetensors")
+        for tensor in SafetensorsFile(path).tensors.values()
+    )
+    assert size > 90_000_000
+    assert peak < size + largest + 2_000_000
 
 
 def test_an_index_that_lies_is_named(sharded):
     folder = sharded(lambda m: m.update({"model.norm.weight": "model-00001-of-00003.safetensors"}))
     with pytest.raises(
-        FormatError, match=r"'model.norm.weight' is listed in model-00001.* but stored in model-0000[23]"
+        FormatError, match=r"'model.norm.weight' is listed in 'model-00001.*' but stored in 'model-0000[23]"
     ):
         load_decoder(folder)
     folder = sharded(lambda m: m.pop("model.norm.weight"))
-    with pytest.raises(FormatError, match=r"'model.norm.weight' is listed in None"):
+    with pytest.raises(FormatError, match=r"'model.norm.weight' is listed in no file"):
         load_decoder(folder)
 
 

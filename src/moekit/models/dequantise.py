@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moekit.errors import FormatError, UnsupportedError
+from moekit.errors import FormatError, UnsupportedError, shown
 from moekit.models.keys import PUBLISHED_METHODS, quant_method
 
 __all__ = ["Recipe", "Scheme", "dequantise_fp8", "dequantise_mxfp4"]
@@ -157,10 +157,10 @@ class Scheme:
             return cls(method)
         found = values["quantization_config"]
         if found.get("fmt", "e4m3") != "e4m3":
-            raise UnsupportedError(f"{source}: fp8 weights in {found['fmt']!r} are not supported; e4m3 is")
+            raise UnsupportedError(f"{source}: fp8 weights in {shown(found['fmt'])} are not supported; e4m3 is")
         block = found.get("weight_block_size")
         if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and 0 < n < 1 << 31 for n in block):
-            raise FormatError(f"{source}: weight_block_size must be two whole numbers above 0, not {block!r}")
+            raise FormatError(f"{source}: weight_block_size must be two whole numbers above 0, not {shown(block)}")
         return cls(method, (block[0], block[1]))
 
     def plan(self, stored: Mapping[str, Stored], where: str) -> dict[str, Recipe]:
@@ -175,11 +175,11 @@ class Scheme:
             name = scales.removesuffix(scales_ending)
             codes = name + ending
             if codes not in stored:
-                raise FormatError(f"{where}: {scales!r} has no {codes!r} beside it")
+                raise FormatError(f"{where}: {shown(scales)} has no {shown(codes)} beside it")
             if ending and name in stored:
-                raise FormatError(f"{where}: {name!r} is stored both plain and as {codes!r}")
+                raise FormatError(f"{where}: {shown(name)} is stored both plain and as {shown(codes)}")
             make = self._fp8 if self.method == "fp8" else self._mxfp4
-            recipes[name] = make(codes, scales, stored, f"{where}: {codes!r}")
+            recipes[name] = make(codes, scales, stored, f"{where}: {shown(codes)}")
         return recipes
 
     def _fp8(self, weight: str, scales: str, stored: Mapping[str, Stored], what: str) -> Recipe:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moekit.config import ModelConfig, MoEConfig
-from moekit.errors import ConfigError, FormatError, UnsupportedError
+from moekit.errors import ConfigError, FormatError, UnsupportedError, shown
 from moekit.models.gguf_file import GGUFFile
 from moekit.models.keys import Keys, refuse_inexpressible, unsupported
 from moekit.models.layout import LLAMA_GGUF, MIXTRAL_GGUF, QWEN3_MOE_GGUF, Layout
@@ -137,7 +137,7 @@ def _read(metadata: Mapping[str, Any], source: str, **stored: Any) -> ModelConfi
 
 def _refuse(keys: Keys) -> None:
     scaling = keys.optional("rope.scaling.type") or "none"
-    unsupported(keys, scaling != "none", f"rope.scaling.type {scaling!r}", "plain rotary positions ('none')")
+    unsupported(keys, scaling != "none", f"rope.scaling.type {shown(scaling)}", "plain rotary positions ('none')")
     heads = max(keys.whole("attention.head_count"), 1)
     size = keys.whole("attention.key_length", keys.whole("embedding_length") // heads)
     rotated = keys.whole("rope.dimension_count", size)

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from moekit.errors import FormatError, UnsupportedError
-from moekit.files import file_errors
+from moekit.errors import FormatError, UnsupportedError, shown
+from moekit.files import file_errors, open_regular
 
 __all__ = ["GGUFFile", "GGUFTensor"]
 
@@ -31,7 +31,8 @@ _SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 
 _DTYPES = {kind: np.dtype(code) for kind, code in _SCALARS.items()}
 _STRING, _ARRAY = 8, 9
 _MAX_NESTING = 4
-_MAX_HEADER = 1 << 28
+_MAX_HEADER = 1 << 26
+_MAX_NAME = 64  # of a tensor, as ggml has it
 _MAX_DIMENSIONS = 4
 _CHUNK = 1 << 20
 """Elements that are dequantised at once: numpy's temporaries for them are ten times as large."""
@@ -73,8 +74,7 @@ class GGUFFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        with file_errors(path, "read"), self.path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        with open_regular(path) as (file, size):
             if size < 24 or file.read(4) != b"GGUF":
                 raise FormatError(f"{path} is not a GGUF file")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -92,7 +92,7 @@ class GGUFFile:
         from gguf import GGMLQuantizationType, quants
 
         if name not in self.tensors:
-            raise FormatError(f"{self.path} has no tensor {name!r}")
+            raise FormatError(f"{self.path} has no tensor {shown(name)}")
         info = self.tensors[name]
         columns, kind = info.shape[-1], GGMLQuantizationType[info.kind]
         rows = math.prod(info.shape[:-1])
@@ -106,11 +106,11 @@ class GGUFFile:
                     part = whole[start : start + at_once]
                     data = np.frombuffer(file.read(len(part) * row_bytes), np.uint8)
                     if data.size != len(part) * row_bytes:
-                        raise FormatError(f"{self.path} ends inside tensor {name!r}")
+                        raise FormatError(f"{self.path} ends inside tensor {shown(name)}")
                     part[:] = quants.dequantize(data.reshape(len(part), row_bytes), kind)
         except NotImplementedError:
             raise UnsupportedError(
-                f"{self.path}: tensor {name!r} is {info.kind}, which cannot be dequantised"
+                f"{self.path}: tensor {shown(name)} is {info.kind}, which cannot be dequantised"
             ) from None
         return whole.reshape(info.shape)
 
@@ -132,13 +132,17 @@ class _Header:
         for _ in range(pairs):
             key = self.string("a metadata key")
             if key in metadata:
-                raise FormatError(f"{self.source}: metadata key {key!r} occurs twice")
+                raise FormatError(f"{self.source}: metadata key {shown(key)} occurs twice")
             metadata[key] = self.value(self.u32(), key, 0)
         return metadata, [self.tensor() for _ in range(tensors)]
 
     def need(self, count: int, what: str) -> None:
         if count > self.end - self.at:
-            raise FormatError(f"{self.source}: {what} would end past the end of the file")
+            raise self.past_the_end(what)
+
+    def past_the_end(self, what: str) -> FormatError:
+        limit = "the file" if self.end < _MAX_HEADER else f"the {_MAX_HEADER >> 20} MiB that a header may have"
+        return FormatError(f"{self.source}: {what} would end past the end of {limit}")
 
     def u32(self) -> int:
         self.need(4, "a number")
@@ -161,7 +165,7 @@ class _Header:
                 start = at + 8
                 at = start + length_of(data, at)[0] if at <= end else end + 9
                 if at > end + 8:
-                    raise FormatError(f"{self.source}: {what} would end past the end of the file")
+                    raise self.past_the_end(what)
                 texts.append(data[start:at].decode())
         except UnicodeDecodeError:
             raise FormatError(f"{self.source}: {what} is not UTF-8 text") from None
@@ -176,29 +180,33 @@ class _Header:
 
     def value(self, kind: int, key: str, depth: int) -> Any:
         if kind in _DTYPES:
-            return self.numbers(kind, 1, key)[0].item()
+            return self.numbers(kind, 1, f"the value of {shown(key)}")[0].item()
         if kind == _STRING:
-            return self.string(key)
+            return self.string(f"the value of {shown(key)}")
         if kind == _ARRAY:
             return self.array(self.u32(), self.u64(), key, depth + 1)
-        raise FormatError(f"{self.source}: metadata key {key!r} has the unknown type {kind}")
+        raise FormatError(f"{self.source}: metadata key {shown(key)} has the unknown type {kind}")
 
     def array(self, kind: int, count: int, key: str, depth: int) -> Any:
+        what = f"the array {shown(key)}"
         if kind in _DTYPES:
-            return self.numbers(kind, count, key)
+            return self.numbers(kind, count, what)
         if kind == _STRING:
-            return self.strings(count, key)
+            return self.strings(count, what)
         if depth > _MAX_NESTING or kind != _ARRAY:
             problem = f"arrays nested deeper than {_MAX_NESTING}" if kind == _ARRAY else f"the unknown type {kind}"
-            raise FormatError(f"{self.source}: metadata key {key!r} has {problem}")
-        self.need(12 * count, key)
+            raise FormatError(f"{self.source}: metadata key {shown(key)} has {problem}")
+        self.need(12 * count, what)
         return [self.value(kind, key, depth) for _ in range(count)]
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self.string("a tensor name")
+        if len(name.encode()) > _MAX_NAME:
+            raise FormatError(f"{self.source}: tensor {shown(name)} has a name of more than {_MAX_NAME} bytes")
         dimensions = self.u32()
         if not 1 <= dimensions <= _MAX_DIMENSIONS:
-            raise FormatError(f"{self.source}: tensor {name!r} has {dimensions} dimensions, not 1 to {_MAX_DIMENSIONS}")
+            problem = f"has {dimensions} dimensions, not 1 to {_MAX_DIMENSIONS}"
+            raise FormatError(f"{self.source}: tensor {shown(name)} {problem}")
         shape = tuple(self.u64() for _ in range(dimensions))[::-1]
         return name, shape, self.u32(), self.u64()
 
@@ -206,7 +214,7 @@ class _Header:
 def _data_start(header_end: int, metadata: dict[str, Any], source: str) -> int:
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
-        raise FormatError(f"{source}: general.alignment must be a power of two of at least 8, not {alignment!r}")
+        raise FormatError(f"{source}: general.alignment must be a power of two of at least 8, not {shown(alignment)}")
     return -(-header_end // alignment) * alignment
 
 
@@ -217,24 +225,24 @@ def _place(
     tensors: dict[str, GGUFTensor] = {}
     for name, shape, kind, offset in infos:
         if name in tensors:
-            raise FormatError(f"{source}: tensor {name!r} occurs twice")
+            raise FormatError(f"{source}: tensor {shown(name)} occurs twice")
         tensors[name] = _tensor(name, shape, kind, start + offset, source)
         if tensors[name].offset + tensors[name].nbytes > size:
-            raise FormatError(f"{source}: tensor {name!r} ends past the end of the file")
+            raise FormatError(f"{source}: tensor {shown(name)} ends past the end of the file")
     ordered = sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes))
     for before, after in pairwise(ordered):
         if before.offset + before.nbytes > after.offset:
-            raise FormatError(f"{source}: tensors {before.name!r} and {after.name!r} overlap")
+            raise FormatError(f"{source}: tensors {shown(before.name)} and {shown(after.name)} overlap")
     return tensors
 
 
 def _tensor(name: str, shape: tuple[int, ...], kind: int, offset: int, source: str) -> GGUFTensor:
     if kind not in _block_formats():
-        raise FormatError(f"{source}: tensor {name!r} has the unknown type {kind}")
+        raise FormatError(f"{source}: tensor {shown(name)} has the unknown type {kind}")
     label, block, nbytes = _block_formats()[kind]
     if math.prod(shape) == 0 or shape[-1] % block:
         raise FormatError(
-            f"{source}: tensor {name!r} of shape {list(shape)} does not divide into {label} blocks of {block}"
+            f"{source}: tensor {shown(name)} of shape {list(shape)} does not divide into {label} blocks of {block}"
         )
     return GGUFTensor(name, shape, label, offset, math.prod(shape) // block * nbytes)
 

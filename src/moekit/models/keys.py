@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moekit.config import ModelConfig, MoEConfig
-from moekit.errors import FormatError, UnsupportedError
+from moekit.errors import FormatError, UnsupportedError, shown
 
 __all__ = [
     "PACKED_METHOD",
@@ -43,11 +43,14 @@ class Keys:
     def whole(self, key: str, otherwise: int | None = None) -> int:
         value: int = self._typed(key, int, "a whole number", otherwise)
         if abs(value) >= 1 << 31:
-            raise FormatError(f"{self.source}: {key} is {value}, which no model has")
+            raise FormatError(f"{self.source}: {key} is {shown(value)}, which no model has")
         return value
 
     def real(self, key: str, otherwise: float | None = None) -> float:
-        return float(self._typed(key, (int, float), "a number", otherwise))
+        value = self._typed(key, (int, float), "a number", otherwise)
+        if isinstance(value, int) and abs(value) >= 1 << 63:
+            raise FormatError(f"{self.source}: {key} is {shown(value)}, which no model has")
+        return float(value)
 
     def flag(self, key: str) -> bool:
         return bool(self._typed(key, bool, "true or false", False))
@@ -61,7 +64,7 @@ class Keys:
         value = self.optional(key)
         found = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(token, int) and not isinstance(token, bool) for token in found):
-            raise FormatError(f"{self.source}: {key} must be a token id or a list of them, not {value!r}")
+            raise FormatError(f"{self.source}: {key} must be a token id or a list of them, not {shown(value)}")
         return tuple(found)
 
     def _typed(self, key: str, kind: type | tuple[type, ...], words: str, otherwise: Any) -> Any:
@@ -70,7 +73,7 @@ class Keys:
         if value is None:
             raise FormatError(f"{self.source}: the key {key!r} is missing")
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise FormatError(f"{self.source}: {key} must be {words}, not {value!r}")
+            raise FormatError(f"{self.source}: {key} must be {words}, not {shown(value)}")
         return value
 
 
@@ -79,18 +82,18 @@ def refuse_unsupported(keys: Keys) -> None:
     for name in ("rope_scaling", "rope_parameters"):
         rope = keys.optional(name) or {}
         if not isinstance(rope, Mapping):
-            raise FormatError(f"{keys.source}: {name} must be an object, not {rope!r}")
+            raise FormatError(f"{keys.source}: {name} must be an object, not {shown(rope)}")
         kind = rope.get("rope_type") or rope.get("type") or "default"
-        unsupported(keys, kind != "default", f"{name} of type {kind!r}", "plain rotary positions ('default')")
+        unsupported(keys, kind != "default", f"{name} of type {shown(kind)}", "plain rotary positions ('default')")
         partial = rope.get("partial_rotary_factor") or keys.optional("partial_rotary_factor") or 1.0
-        unsupported(keys, partial != 1.0, f"partial_rotary_factor {partial!r}", "rotation of whole heads (1.0)")
+        unsupported(keys, partial != 1.0, f"partial_rotary_factor {shown(partial)}", "rotation of whole heads (1.0)")
     activation = keys.optional("hidden_act") or "silu"
-    unsupported(keys, activation != "silu", f"hidden_act {activation!r}", "'silu'")
+    unsupported(keys, activation != "silu", f"hidden_act {shown(activation)}", "'silu'")
     unsupported(keys, keys.flag("mlp_bias"), "mlp_bias true", "MLPs without biases")
     method = quant_method(keys.values)
     known = method in (None, PACKED_METHOD, *PUBLISHED_METHODS)
     readable = f"plain floats, {', '.join(PUBLISHED_METHODS)} and what `moekit pack` writes"
-    unsupported(keys, not known, f"a quantization_config of quant_method {method!r}", readable)
+    unsupported(keys, not known, f"a quantization_config of quant_method {shown(method)}", readable)
     if keys.has("sliding_window") and keys.flag("use_sliding_window"):
         window, longest = keys.whole("sliding_window"), keys.whole("max_position_embeddings")
         short = window < longest

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekit.errors import FormatError
-from moekit.files import file_errors, parse_json, replacing
+from moekit.errors import FormatError, shown
+from moekit.files import file_errors, open_regular, parse_json, replacing
 
 __all__ = ["SafetensorsFile", "StoredTensor", "write_safetensors"]
 
@@ -73,8 +73,7 @@ class SafetensorsFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        with file_errors(path, "read"), self.path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        with open_regular(path) as (file, size):
             header, data_start = _header(file.read(8), file, size, str(path))
         self.metadata: dict[str, str] = _metadata(header.pop("__metadata__", {}), str(path))
         found = {name: _tensor(name, entry, data_start, str(path)) for name, entry in header.items()}
@@ -181,15 +180,15 @@ def _metadata(value: Any, source: str) -> dict[str, str]:
 
 
 def _tensor(name: str, entry: Any, data_start: int, source: str) -> StoredTensor:
-    def check(ok: bool, problem: str) -> None:
+    def check(ok: bool, problem: str, value: Any = None) -> None:
         if not ok:
-            raise FormatError(f"{source}: tensor {name!r} {problem}")
+            raise FormatError(f"{source}: tensor {shown(name)} {problem}" + (f" {shown(value)}" if value else ""))
 
     check(isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}, "has a malformed entry")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    check(isinstance(kind, str) and kind in _DTYPES, f"has the unknown dtype {kind!r}")
-    check(_sizes(shape) and len(shape) <= _MAX_DIMENSIONS, f"has the malformed shape {shape!r}")
-    check(_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1], f"has malformed offsets {offsets!r}")
+    check(isinstance(kind, str) and kind in _DTYPES, "has the unknown dtype", kind)
+    check(_sizes(shape) and len(shape) <= _MAX_DIMENSIONS, "has the malformed shape", shape)
+    check(_sizes(offsets) and len(offsets) == 2 and offsets[0] <= offsets[1], "has malformed offsets", offsets)
     needed, given = math.prod(shape) * _DTYPES[kind].itemsize, offsets[1] - offsets[0]
     check(needed == given, f"of shape {shape} in {kind} needs {needed} bytes, but its offsets span {given}")
     return StoredTensor(_DTYPES[kind], tuple(shape), data_start + offsets[0], data_start + offsets[1])
@@ -206,11 +205,11 @@ def _check_extents(tensors: Mapping[str, StoredTensor], start: int, size: int, s
     for name, tensor in tensors.items():
         if tensor.end > size:
             raise FormatError(
-                f"{source}: tensor {name!r} ends at byte {tensor.end}, but the file has {size}: truncated?"
+                f"{source}: tensor {shown(name)} ends at byte {tensor.end}, but the file has {size}: truncated?"
             )
         if tensor.start != at:
             problem = "overlaps the one before it" if tensor.start < at else "leaves a hole before it"
-            raise FormatError(f"{source}: tensor {name!r} {problem}")
+            raise FormatError(f"{source}: tensor {shown(name)} {problem}")
         at = tensor.end
     if at != size:
         raise FormatError(f"{source}: {size - at} bytes follow the last tensor")

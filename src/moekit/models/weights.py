@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moekit.config import ModelConfig
-from moekit.errors import FileError, FormatError, UnsafeFileError, UnsupportedError
-from moekit.files import file_errors, read_json, replacing_folder, write_atomic
+from moekit.errors import FileError, FormatError, UnsafeFileError, UnsupportedError, shown
+from moekit.files import file_errors, read_json, replacing_folder, stays_inside, write_atomic
 from moekit.models.archs import ARCHS, config_to_hf, is_packed, read_config
 from moekit.models.decoder import Decoder
 from moekit.models.dequantise import Scheme
@@ -32,6 +32,7 @@ __all__ = ["PACKED_WEIGHTS", "StoredDecoder", "empty_decoder", "load_decoder", "
 
 PACKED_WEIGHTS = "packed.safetensors"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_MAX_LAYERS = 512  # each costs two milliseconds before the first tensor is read
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
@@ -146,10 +147,10 @@ def save_decoder(
 
 def empty_decoder(config: ModelConfig, num_tensors: int, where: str) -> Decoder:
     """A decoder without memory; sizes that the files cannot back are refused before it is built."""
-    if config.num_hidden_layers > num_tensors:
+    if config.num_hidden_layers > min(num_tensors, _MAX_LAYERS):
         raise FormatError(
             f"{where}: the configuration asks for {config.num_hidden_layers} layers, "
-            f"but there are only {num_tensors} tensors"
+            f"but there are only {num_tensors} tensors, and no model has more than {_MAX_LAYERS} layers"
         )
     try:
         with torch.device("meta"), _Uninitialised():
@@ -193,11 +194,11 @@ def _plan(decoder: Decoder, layout: Layout, source: Source, where: str) -> dict[
 def _refuse_extra(decoder: Decoder, layout: Layout, extra: set[str], where: str) -> None:
     # A tied head is often stored a second time, and old Llama files carry the rotary frequencies.
     tied_head = {layout.outer["head.weight"]} if decoder.head is None else set()
-    left = sorted(name for name in extra - tied_head if not name.endswith("rotary_emb.inv_freq"))
+    left = sorted(shown(name) for name in extra - tied_head if not name.endswith("rotary_emb.inv_freq"))
     if left:
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
         raise FormatError(
-            f"{where}: the configuration has no place for {', '.join(map(repr, left[:3]))}{more}; "
+            f"{where}: the configuration has no place for {', '.join(left[:3])}{more}; "
             "the model has more layers or experts than it says, or is of another family"
         )
 
@@ -245,7 +246,7 @@ class _SafetensorsSource:
         for file in files:
             for name in file.tensors:
                 if name in self.home:
-                    raise FormatError(f"tensor {name!r} is in both {self.home[name].path} and {file.path}")
+                    raise FormatError(f"tensor {shown(name)} is in both {self.home[name].path} and {file.path}")
                 self.home[name] = file
         self.tensors = {name: file.tensors[name] for name, file in self.home.items()}
         self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
@@ -256,7 +257,8 @@ class _SafetensorsSource:
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         kind = self.tensors[name].dtype
         if kind not in _FLOATS:
-            raise UnsupportedError(f"{self.home[name].path}: {name!r} is stored as {kind}; moekit loads plain floats")
+            path = self.home[name].path
+            raise UnsupportedError(f"{path}: {shown(name)} is stored as {kind}; moekit loads plain floats")
         return self.stored(name).to(dtype or kind)
 
 
@@ -278,27 +280,31 @@ class _Dequantised:
 
 def _open_folder(folder: Path, scheme: Scheme | None) -> Source:
     if (folder / _SINGLE).exists():
-        source = _SafetensorsSource([SafetensorsFile(folder / _SINGLE)])
+        source = _SafetensorsSource([SafetensorsFile(stays_inside(folder, _SINGLE))])
     elif (folder / _INDEX).exists():
-        source = _open_index(folder / _INDEX)
+        source = _open_index(stays_inside(folder, _INDEX), folder)
     else:
         raise FileError(f"{folder} has no {_SINGLE} and no {_INDEX}")
     return _Dequantised(source, scheme, str(folder)) if scheme else source
 
 
-def _open_index(path: Path) -> _SafetensorsSource:
+def _open_index(path: Path, folder: Path) -> _SafetensorsSource:
+    """The shards that the index at `path` lists; they must hold exactly the tensors it lists, each once."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise FormatError(f"{path}: weight_map must map tensors to files")
     shards = sorted(set(weight_map.values()))
     for shard in shards:
-        if shard != os.path.basename(shard) or "\\" in shard or not shard.endswith(".safetensors"):
-            raise UnsafeFileError(f"{path} names {shard!r}; only .safetensors files of its own folder are opened")
-    source = _SafetensorsSource([SafetensorsFile(path.parent / shard) for shard in shards])
+        if not shard.endswith(".safetensors"):
+            raise UnsafeFileError(f"{path} names {shown(shard)}; only .safetensors files are opened")
+    source = _SafetensorsSource([SafetensorsFile(folder / shard) for shard in shards if stays_inside(folder, shard)])
     for name in sorted({*weight_map, *source.home}):
         listed, found = weight_map.get(name), source.home[name].path.name if name in source.home else None
         if listed != found:
-            raise FormatError(f"{path}: tensor {name!r} is listed in {listed} but stored in {found}")
+            raise FormatError(
+                f"{path}: tensor {shown(name)} is listed in {shown(listed) if listed else 'no file'} "
+                f"but stored in {shown(found) if found else 'none'}"
+            )
     return source
 
 
