@@ -4,8 +4,28 @@
 #include <stdexcept>
 #include <utility>
 
+#if defined(MOEKIT_HAS_amx_bf16) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace moekit {
 namespace {
+
+#if defined(MOEKIT_HAS_amx_bf16)
+// Whether the CPU has tiles of bf16, and the system lets this process use them: Linux wants to be asked, once.
+bool may_use_amx() {
+#if defined(__linux__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+  constexpr long kAskPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 std::vector<Isa> find_isas() {
   std::vector<Isa> found{{"portable", &tiles_portable, &quant_portable, panels_portable}};
@@ -34,6 +54,9 @@ std::vector<Isa> find_isas() {
     // vdpbf16ps multiplies pairs: twice the rate of an fp32 FMA on AMD, half of it on Intel (160 and 300 GFLOP/s on two
     // cores of an Emerald Rapids), where widened numbers and FMA are the better way.
     if (__builtin_cpu_is("amd")) std::swap(found.back(), found[found.size() - 2]);
+#if defined(MOEKIT_HAS_amx_bf16)
+    if (may_use_amx()) found.push_back({"amx_bf16", &tiles_avx512_bf16, &quant_avx512_vnni, panels_amx_bf16});
+#endif
   }
 #endif
 #endif

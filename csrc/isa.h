@@ -64,16 +64,20 @@ struct Inner {
 // Products over packed panels (panels.h), and what follows each one while its result is in cache (panel_rows.h).
 // "Elements" are of the layer's type; "rows" are the operands of products, `step` numbers of `row_bytes` a word, and
 // begin at a word; c is rows × `columns` in fp32.
+inline constexpr i64 kRowStep = 16;
+
 struct Panels {
   i64 columns, step, row_bytes;
   void (*pack_columns)(const void* first, const void* second, i64 ldb, i64 cols, i64 k, void* panel);
-  void (*pack_elements)(const void* b, i64 ldb, const i64* index, i64 first, i64 cols, i64 k, void* panel);
-  void (*pack_rows)(const void* b, i64 ldb, const i64* index, i64 first, i64 cols, i64 k, void* panel);
-  void (*multiply)(const void* const* a, i64 step, const void* panel, i64 rows, i64 words, float* c, bool add);
+  void (*pack_elements)(const void* b, i64 ldb, i64 first, i64 cols, i64 k, void* panel);
+  void (*pack_rows)(const void* b, i64 ldb, i64 first, i64 cols, i64 k, void* panel);
+  // c = A · panel, or += it. A row of A is `ld` words from the next. Memory must go on to a multiple of kRowStep rows in
+  // A and in c: what is read there adds to nothing else, what is written there means nothing.
+  void (*multiply)(const void* a, i64 ld, const void* panel, i64 rows, i64 words, float* c, bool add);
   // n numbers of `dtype` to a row.
   void (*to_row)(const void* from, int dtype, i64 n, void* row);
-  // (words of k) × m: columns first to first + m of k rows, as words of neighbours in depth.
-  void (*turn)(const void* rows, i64 ld, const i64* index, i64 first, i64 m, i64 k, void* words);
+  // m × (words of k): columns first to first + m of k rows, each as a row of words, `words_ld` apart.
+  void (*turn)(const void* rows, i64 ld, i64 first, i64 m, i64 k, void* words, i64 words_ld);
   // Bias, activation: c to `hidden` rows and, unless null, to pre-activations in elements.
   void (*activate)(const float* c, i64 rows, i64 first, i64 cols, const void* bias_G, void* pre, void* hidden,
                    i64 hidden_ld, const Inner& inner);
@@ -87,14 +91,13 @@ struct Panels {
                         i64 cols, float* acc);
   void (*store)(const float* c, i64 rows, i64 cols, void* out, i64 ld, int dtype);
   // out[j] = Σ_r weights[r] · row r [j] in elements; weights may be null.
-  void (*sum_rows)(const void* rows, i64 ld, const i64* index, i64 n, const float* weights, i64 first, i64 cols,
-                   void* out);
+  void (*sum_rows)(const void* rows, i64 ld, i64 n, const float* weights, i64 first, i64 cols, void* out);
   // Σ_j row[j] · element[j]
   float (*dot)(const void* row, const void* elements, i64 n);
 };
 
 extern const Panels panels_portable[2], panels_avx2[2], panels_avx512[2], panels_avx512_bf16[2];  // by DType
-extern const Panels pairs_avx512_bf16[2];  // bf16 by pairs, where others widen it
+extern const Panels pairs_avx512_bf16[2], panels_amx_bf16[2];  // bf16 by pairs, where others widen it
 
 struct QuantTiles;  // matrix.h
 extern const QuantTiles quant_portable, quant_avx2, quant_avx2_vnni, quant_avx512, quant_avx512_vnni;

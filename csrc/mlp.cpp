@@ -78,7 +78,7 @@ class Layer {
   i64 width(i64 numbers) const { return chunks(numbers, p_.step) * p_.step; }
   i64 words(i64 numbers) const { return chunks(numbers, p_.step); }
   size_t bytes_of(i64 rows, i64 numbers) const {
-    return Workspace::size_of<char>(rows * width(numbers) * p_.row_bytes);
+    return Workspace::size_of<char>((rows + kRowStep) * width(numbers) * p_.row_bytes);
   }
   Rows new_rows(Workspace& memory, i64 rows, i64 numbers) const {
     return {memory.take<char>(static_cast<i64>(bytes_of(rows, numbers))), width(numbers)};
@@ -91,10 +91,8 @@ class Layer {
     return static_cast<char*>(base) + i * static_cast<i64>(element_size(s_.dtype));
   }
 
-  Rows token_rows(Workspace& memory, const void* from, int dtype) const;
+  Rows gather(Workspace& memory, const void* from, int dtype) const;
   std::vector<Task> row_tasks(i64 parts) const;
-  void multiply_rows(const Rows& rows, const i64* index, i64 from, i64 count, const void* panel, i64 depth,
-                     float* c) const;
   void activate(const Rows& x, const Rows& hidden, void* pre_AG) const;
   void activate_backward(const Rows& grad, const void* pre_AG, const Rows& grad_pre, const Rows& weighted,
                          float* parts) const;
@@ -104,7 +102,6 @@ class Layer {
   struct Side {
     Rows rows;
     i64 width;
-    bool by_token;  // row r of an expert is that of its token
   };
   void outer(const Side& left, const Side& right, const float* weights, void* out, void* bias) const;
   void outer_task(const Task& task, const Side& left, const Side& right, void* out) const;
@@ -116,16 +113,14 @@ class Layer {
   const Order order_;
 };
 
-// x or its gradient as rows of words: itself where it is that already.
-Rows Layer::token_rows(Workspace& memory, const void* from, int dtype) const {
-  if (static_cast<i64>(element_size(dtype)) == p_.row_bytes && width(s_.hidden) == s_.hidden)
-    return {static_cast<char*>(const_cast<void*>(from)), s_.hidden};
-  const Rows rows = new_rows(memory, s_.tokens, s_.hidden);
+// x or its gradient in expert order: products read even rows best, and read them once a panel.
+Rows Layer::gather(Workspace& memory, const void* from, int dtype) const {
+  const Rows rows = new_rows(memory, order_.rows(), s_.hidden);
   constexpr i64 kSome = 64;
-  parallel_for(chunks(s_.tokens, kSome), s_.threads, [&](i64 i) {
-    for (i64 t = i * kSome; t < std::min(s_.tokens, (i + 1) * kSome); ++t)
-      p_.to_row(static_cast<const char*>(from) + t * s_.hidden * static_cast<i64>(element_size(dtype)), dtype,
-                s_.hidden, row(rows, t));
+  parallel_for(chunks(order_.rows(), kSome), s_.threads, [&](i64 i) {
+    for (i64 r = i * kSome; r < std::min(order_.rows(), (i + 1) * kSome); ++r)
+      p_.to_row(static_cast<const char*>(from) + order_.tokens[r] * s_.hidden * static_cast<i64>(element_size(dtype)),
+                dtype, s_.hidden, row(rows, r));
   });
   return rows;
 }
@@ -138,14 +133,6 @@ std::vector<Task> Layer::row_tasks(i64 parts) const {
       for (i64 part = 0; part < parts; ++part)
         tasks.push_back({e, order_.first[e], order_.first[e + 1] - order_.first[e], part});
   return tasks;
-}
-
-// c (count × columns) = rows `from` on, or those that the index names from there on, times a panel.
-void Layer::multiply_rows(const Rows& rows, const i64* index, i64 from, i64 count, const void* panel, i64 depth,
-                          float* c) const {
-  const void* a[kRowsATask];
-  for (i64 r = 0; r < count; ++r) a[r] = row(rows, index ? index[from + r] : from + r);
-  p_.multiply(a, 1, panel, count, words(depth), c, false);
 }
 
 void Layer::activate(const Rows& x, const Rows& hidden, void* pre_AG) const {
@@ -163,7 +150,7 @@ void Layer::activate(const Rows& x, const Rows& hidden, void* pre_AG) const {
     const void* bias = in_.in_bias_EG ? element(in_.in_bias_EG, t.expert * width) : nullptr;
     for (i64 r = t.row; r < t.row + t.rows; r += kRowsATask) {
       const i64 count = std::min(kRowsATask, t.row + t.rows - r);
-      multiply_rows(x, order_.tokens.data(), r, count, panel, s_.hidden, c);
+      p_.multiply(row(x, r), words(x.ld), panel, count, words(s_.hidden), c, false);
       p_.activate(c, count, first, some, bias, pre_AG ? element(pre_AG, r * width) : nullptr, row(hidden, r),
                   hidden.ld, s_.inner);
     }
@@ -196,7 +183,7 @@ void Layer::sum_by_token(const Rows& rows, i64 depth, const float* weights, cons
       pack(e, first, cols, panel);
       for (i64 r = r0; r < r1; r += kRowsATask) {
         const i64 count = std::min(kRowsATask, r1 - r);
-        multiply_rows(rows, nullptr, r, count, panel, depth, c);
+        p_.multiply(row(rows, r), words(rows.ld), panel, count, words(depth), c, false);
         p_.add_to_tokens(c, count, &order_.tokens[r], from, weights ? weights + r : nullptr,
                          bias_ED ? element(bias_ED, e * s_.hidden + first) : nullptr, cols, sums);
       }
@@ -207,9 +194,9 @@ void Layer::sum_by_token(const Rows& rows, i64 depth, const float* weights, cons
 }
 
 void Layer::forward(void* out_TD, void* pre_AG) {
-  Workspace memory(bytes_of(s_.tokens, s_.hidden) + bytes_of(order_.rows(), s_.inner.inner));
+  Workspace memory(bytes_of(order_.rows(), s_.hidden) + bytes_of(order_.rows(), s_.inner.inner));
   const Rows hidden = new_rows(memory, order_.rows(), s_.inner.inner);
-  activate(token_rows(memory, in_.x_TD, s_.dtype), hidden, pre_AG);
+  activate(gather(memory, in_.x_TD, s_.dtype), hidden, pre_AG);
   const i64 inner = s_.inner.inner;
   sum_by_token(hidden, inner, order_.weights.data(), in_.down_bias_ED, out_TD, s_.out_dtype,
                [&](i64 expert, i64 first, i64 cols, void* panel) {
@@ -231,13 +218,13 @@ void Layer::activate_backward(const Rows& grad, const void* pre_AG, const Rows& 
     float* c = reinterpret_cast<float*>(panel + panel_bytes);
     const i64 first = t.part * p_.columns, some = std::min(p_.columns, inner - first);
     if (product)
-      p_.pack_elements(element(in_.down_proj_EDF, t.expert * s_.hidden * inner), inner, nullptr, first, some,
-                       s_.hidden, panel);
+      p_.pack_elements(element(in_.down_proj_EDF, t.expert * s_.hidden * inner), inner, first, some, s_.hidden,
+                       panel);
     else
       std::memset(c, 0, kRowsATask * p_.columns * 4);
     for (i64 r = t.row; r < t.row + t.rows; r += kRowsATask) {
       const i64 rows = std::min(kRowsATask, t.row + t.rows - r);
-      if (product) multiply_rows(grad, order_.tokens.data(), r, rows, panel, s_.hidden, c);
+      if (product) p_.multiply(row(grad, r), words(grad.ld), panel, rows, words(s_.hidden), c, false);
       p_.activate_backward(c, rows, first, some, element(pre_AG, r * s_.inner.width()), &order_.weights[r],
                            grad_pre.data ? row(grad_pre, r) : nullptr, grad_pre.ld,
                            weighted.data ? row(weighted, r) : nullptr, weighted.ld,
@@ -255,9 +242,8 @@ void Layer::outer(const Side& left, const Side& right, const float* weights, voi
     const Task& t = tasks[i];
     const i64 from = order_.first[t.expert], count = order_.first[t.expert + 1] - from;
     if (bias)
-      p_.sum_rows(row(left.rows, left.by_token ? 0 : from), left.rows.ld,
-                  left.by_token ? order_.tokens.data() + from : nullptr, count, weights ? weights + from : nullptr,
-                  t.row, t.rows, element(bias, t.expert * left.width + t.row));
+      p_.sum_rows(row(left.rows, from), left.rows.ld, count, weights ? weights + from : nullptr, t.row, t.rows,
+                  element(bias, t.expert * left.width + t.row));
     if (out) outer_task(t, left, right, element(out, (t.expert * left.width + t.row) * right.width));
   });
 }
@@ -270,29 +256,20 @@ void Layer::outer_task(const Task& t, const Side& left, const Side& right, void*
     return;
   }
   const i64 deepest = std::min(kOuterDepth, end - begin), parts = chunks(right.width, p_.columns);
-  const i64 tile = t.rows * p_.columns, tiles = end - begin > kOuterDepth ? parts : 1;
+  const i64 rows = chunks(t.rows, kRowStep) * kRowStep, tile = rows * p_.columns, tiles = end - begin > kOuterDepth ? parts : 1;
   const i64 panel_bytes = words(deepest) * p_.columns * 4;
-  const i64 turned_bytes = static_cast<i64>(Workspace::size_of<float>(words(deepest) * t.rows));
+  const i64 turned_bytes = static_cast<i64>(Workspace::size_of<float>(words(deepest) * rows));
   char* panel = static_cast<char*>(thread_scratch(panel_bytes + turned_bytes + tiles * tile * 4));
   char* turned = panel + panel_bytes;
   float* c = reinterpret_cast<float*>(turned + turned_bytes);
-  const void* a[kOuterRows];
-  for (i64 m = 0; m < t.rows; ++m) a[m] = turned + m * 4;
-  const auto source = [&](const Side& side, i64 from, const i64*& index) {
-    index = side.by_token ? &order_.tokens[from] : nullptr;
-    return row(side.rows, side.by_token ? 0 : from);
-  };
   for (i64 from = begin; from < end; from += kOuterDepth) {
     const i64 depth = std::min(kOuterDepth, end - from);
-    const i64* index;
-    const char* rows = source(left, from, index);
-    p_.turn(rows, left.rows.ld, index, t.row, t.rows, depth, turned);
-    rows = source(right, from, index);
+    p_.turn(row(left.rows, from), left.rows.ld, t.row, t.rows, depth, turned, words(deepest));
     for (i64 part = 0; part < parts; ++part) {
       const i64 first = part * p_.columns, cols = std::min(p_.columns, right.width - first);
       float* sums = c + (tiles > 1 ? part * tile : 0);
-      p_.pack_rows(rows, right.rows.ld, index, first, cols, depth, panel);
-      p_.multiply(a, t.rows, panel, t.rows, words(depth), sums, from > begin);
+      p_.pack_rows(row(right.rows, from), right.rows.ld, first, cols, depth, panel);
+      p_.multiply(turned, words(deepest), panel, t.rows, words(depth), sums, from > begin);
       if (from + depth == end) p_.store(sums, t.rows, cols, element(out, first), right.width, s_.dtype);
     }
   }
@@ -308,7 +285,7 @@ void Layer::router_gradient(const Rows& grad, const float* parts, i64 count, flo
         for (i64 part = 0; part < count; ++part) sum += parts[r * count + part];
         while (r >= order_.first[e + 1]) ++e;
         if (in_.down_bias_ED)
-          sum += p_.dot(row(grad, order_.tokens[r]), element(in_.down_bias_ED, e * s_.hidden), s_.hidden);
+          sum += p_.dot(row(grad, r), element(in_.down_bias_ED, e * s_.hidden), s_.hidden);
       }
       out_A[order_.slots[r]] = sum;
     }
@@ -318,9 +295,9 @@ void Layer::router_gradient(const Rows& grad, const float* parts, i64 count, flo
 void Layer::backward(const void* grad_TD, const void* pre_AG, const MlpGradients& out) {
   const i64 rows = order_.rows(), inner = s_.inner.inner, width = s_.inner.width(), hidden = s_.hidden;
   const i64 parts = chunks(inner, p_.columns);
-  Workspace memory(2 * bytes_of(s_.tokens, hidden) + bytes_of(rows, width) + bytes_of(rows, inner) +
+  Workspace memory(2 * bytes_of(rows, hidden) + bytes_of(rows, width) + bytes_of(rows, inner) +
                    Workspace::size_of<float>(rows * parts));
-  const Rows grad = token_rows(memory, grad_TD, s_.out_dtype);
+  const Rows grad = gather(memory, grad_TD, s_.out_dtype);
   Rows grad_pre, weighted;
   if (out.x_TD || out.in_proj_EGD || out.in_bias_EG) grad_pre = new_rows(memory, rows, width);
   if (out.down_proj_EDF) weighted = new_rows(memory, rows, inner);
@@ -330,14 +307,13 @@ void Layer::backward(const void* grad_TD, const void* pre_AG, const MlpGradients
   if (out.x_TD)
     sum_by_token(grad_pre, width, nullptr, nullptr, out.x_TD, s_.dtype,
                  [&](i64 expert, i64 first, i64 cols, void* panel) {
-                   p_.pack_elements(element(in_.in_proj_EGD, expert * width * hidden), hidden, nullptr, first, cols,
-                                    width, panel);
+                   p_.pack_elements(element(in_.in_proj_EGD, expert * width * hidden), hidden, first, cols, width,
+                                    panel);
                  });
   if (out.in_proj_EGD || out.in_bias_EG)
-    outer({grad_pre, width, false}, {token_rows(memory, in_.x_TD, s_.dtype), hidden, true}, nullptr, out.in_proj_EGD,
-          out.in_bias_EG);
+    outer({grad_pre, width}, {gather(memory, in_.x_TD, s_.dtype), hidden}, nullptr, out.in_proj_EGD, out.in_bias_EG);
   if (out.down_proj_EDF || out.down_bias_ED)
-    outer({grad, hidden, true}, {weighted, inner, false}, order_.weights.data(), out.down_proj_EDF, out.down_bias_ED);
+    outer({grad, hidden}, {weighted, inner}, order_.weights.data(), out.down_proj_EDF, out.down_bias_ED);
 }
 
 }  // namespace

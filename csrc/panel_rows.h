@@ -30,21 +30,23 @@ void to_row(const void* from, int dtype, i64 n, void* row) {
 }
 
 template <class W>
-void turn(const void* rows, i64 ld, const i64* index, i64 first, i64 m, i64 k, void* words) {
+void turn(const void* rows, i64 ld, i64 first, i64 m, i64 k, void* words, i64 words_ld) {
   using R = typename Word<W>::Element;
   constexpr int kStep = Word<W>::kStep;
-  const R* base = static_cast<const R*>(rows) + first;
-  W* out = static_cast<W*>(words);
-  for (i64 at = 0; at < k; at += kStep, out += m) {
-    const i64 other = at + kStep - 1;
-    const R* row = base + (index ? index[at] : at) * ld;
-    const R* next = other < k ? base + (index ? index[other] : other) * ld : nullptr;
-    for (i64 i = 0; i < m; i += kLanes) {
-      const auto v = words_at(row + i, next ? next + i : nullptr, m - i, W{});
-      if (m - i >= kLanes)
-        __builtin_memcpy(out + i, &v, sizeof v);
-      else
-        __builtin_memcpy(out + i, &v, (m - i) * 4);
+  const auto row = [&](i64 r) {
+    return r < k ? static_cast<const R*>(rows) + first + r * ld : nullptr;
+  };
+  for (i64 at = 0; at < k; at += kLanes * kStep) {
+    W* const out = static_cast<W*>(words) + at / kStep;
+    const i64 some = (k - at + kStep - 1) / kStep < kLanes ? (k - at + kStep - 1) / kStep : kLanes;
+    const R *even[kLanes], *odd[kLanes];
+    for (i64 i = 0; i < some; ++i) even[i] = row(at + i * kStep), odd[i] = row(at + i * kStep + kStep - 1);
+    for (i64 j = 0; j < m; j += kLanes) {
+      VecU v[kLanes] = {};
+      for (i64 i = 0; i < some; ++i) v[i] = (VecU)words_at(even[i] + j, odd[i] ? odd[i] + j : nullptr, m - j, W{});
+      transpose(v);
+      for (i64 i = 0; i < kLanes && j + i < m; ++i)
+        __builtin_memcpy(out + (j + i) * words_ld, &v[i], some == kLanes ? sizeof v[i] : some * 4);
     }
   }
 }
@@ -164,14 +166,13 @@ inline void store(const float* c, i64 rows, i64 cols, void* out, i64 ld, int dty
 }
 
 template <class E, class W>
-void sum_rows(const void* rows, i64 ld, const i64* index, i64 n, const float* weights, i64 first, i64 cols,
-              void* out) {
+void sum_rows(const void* rows, i64 ld, i64 n, const float* weights, i64 first, i64 cols, void* out) {
   using R = typename Word<W>::Element;
   const R* base = static_cast<const R*>(rows) + first;
   for (i64 j = 0; j < cols; j += kLanes) {
     VecF sum = {};
     for (i64 r = 0; r < n; ++r) {
-      const VecF v = read(base + (index ? index[r] : r) * ld + j, cols - j);
+      const VecF v = read(base + r * ld + j, cols - j);
       sum += weights ? v * weights[r] : v;
     }
     write(static_cast<E*>(out) + j, sum, cols - j);
@@ -188,7 +189,7 @@ float dot_row(const void* row, const void* elements, i64 n) {
 }
 
 template <class E, class W>
-constexpr Panels panel_table() {
+constexpr Panels panel_table(decltype(Panels::multiply) product = multiply<W>) {
   using R = typename Word<W>::Element;
   return {kPanel,
           Word<W>::kStep,
@@ -196,7 +197,7 @@ constexpr Panels panel_table() {
           pack_columns<E, W>,
           pack_rows<E, W>,
           pack_rows<R, W>,
-          multiply<W>,
+          product,
           to_row<W>,
           turn<W>,
           activate<E, W>,

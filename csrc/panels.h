@@ -1,8 +1,7 @@
 // Matrix products C (rows × kPanel columns) = A · B in fp32, one packed panel of B at a time, written once over vec.h.
 //
 // A operand is made of 4-byte words: an fp32 number, or a pair of bf16 that are neighbours in depth. A panel holds
-// kPanel columns of B, word row after word row. A is never packed: its words are read one by one through a pointer
-// for each row, so that gathered rows cost nothing.
+// kPanel columns of B, word row after word row. A is never packed: its words are read one by one.
 #pragma once
 #include <utility>
 
@@ -110,15 +109,19 @@ inline VecU words_at(const BF16* row, const BF16* next, i64 cols, std::uint32_t)
   return next ? low | (widen(halves_at(next, cols)) << 16) : low;
 }
 
-// B's rows are rows of memory: row i is row index[i] of `b` (i itself without an index), columns from `first`.
+constexpr i64 kRowsAhead = 16;  // the hardware follows no piece of a row to the piece below it
+
+// B's rows are rows of memory, columns from `first`.
 template <class E, class W>
-void pack_rows(const void* b, i64 ldb, const i64* index, i64 first, i64 cols, i64 k, void* panel) {
+void pack_rows(const void* b, i64 ldb, i64 first, i64 cols, i64 k, void* panel) {
   constexpr int kStep = Word<W>::kStep;
   const E* base = static_cast<const E*>(b) + first;
   W* out = static_cast<W*>(panel);
   for (i64 at = 0; at < k; at += kStep) {
-    const E* row = base + (index ? index[at] : at) * ldb;
-    const E* next = at + kStep - 1 < k ? base + (index ? index[at + kStep - 1] : at + kStep - 1) * ldb : nullptr;
+    const E* row = base + at * ldb;
+    for (i64 ahead = at + kRowsAhead; ahead < at + kRowsAhead + kStep && ahead < k; ++ahead)
+      for (i64 col = 0; col < cols; col += 64 / static_cast<i64>(sizeof(E))) __builtin_prefetch(base + ahead * ldb + col);
+    const E* next = at + kStep - 1 < k ? row + (kStep - 1) * ldb : nullptr;
     for (i64 col = 0; col < kPanel; col += kLanes, out += kLanes) {
       if (col >= cols) {
         __builtin_memset(out, 0, kLanes * 4);
@@ -141,18 +144,18 @@ inline VecF mad_word(std::uint32_t a, VecU b, VecF c) {
 }
 #endif
 
-// c (M × kPanel) = A · panel, or += it. The words of a row of A are `step` apart.
+// c (M × kPanel) = A · panel, or += it.
 template <class W, int M>
-void micro(const void* const* a, i64 from, i64 step, const W* panel, i64 words, float* c, bool add) {
+void micro(const W* a, i64 ld, const W* panel, i64 words, float* c, bool add) {
   VecF acc[M][kMicroV] = {};
   const W* row[M];
-  for (int m = 0; m < M; ++m) row[m] = static_cast<const W*>(a[m]) + from * step;
+  for (int m = 0; m < M; ++m) row[m] = a + m * ld;
 #pragma GCC unroll 2
   for (i64 i = 0; i < words; ++i, panel += kPanel) {
     decltype(panel_words(panel)) right[kMicroV];
     for (int v = 0; v < kMicroV; ++v) right[v] = panel_words(panel + v * kLanes);
     for (int m = 0; m < M; ++m)
-      for (int v = 0; v < kMicroV; ++v) acc[m][v] = mad_word(row[m][i * step], right[v], acc[m][v]);
+      for (int v = 0; v < kMicroV; ++v) acc[m][v] = mad_word(row[m][i], right[v], acc[m][v]);
   }
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < kMicroV; ++v) {
@@ -163,25 +166,23 @@ void micro(const void* const* a, i64 from, i64 step, const W* panel, i64 words, 
 }
 
 template <class W, int M>
-void micro_of(int m, const void* const* a, i64 from, i64 step, const W* panel, i64 words, float* c, bool add) {
+void micro_of(int m, const W* a, i64 ld, const W* panel, i64 words, float* c, bool add) {
   if constexpr (M > 1) {
-    if (m < M) return micro_of<W, M - 1>(m, a, from, step, panel, words, c, add);
+    if (m < M) return micro_of<W, M - 1>(m, a, ld, panel, words, c, add);
   }
-  micro<W, M>(a, from, step, panel, words, c, add);
+  micro<W, M>(a, ld, panel, words, c, add);
 }
 
 // Asks for `words` words of some rows of A.
 template <class W>
-inline void fetch_rows(const void* const* a, i64 rows, i64 from, i64 words) {
-  for (i64 r = 0; r < rows; ++r) {
-    const char* row = reinterpret_cast<const char*>(static_cast<const W*>(a[r]) + from);
-    for (i64 byte = 0; byte < words * 4; byte += 64) __builtin_prefetch(row + byte, 0, 3);
-  }
+inline void fetch_rows(const W* a, i64 ld, i64 rows, i64 words) {
+  for (i64 r = 0; r < rows; ++r)
+    for (i64 at = 0; at < words; at += 16) __builtin_prefetch(a + r * ld + at, 0, 3);
 }
 
-// c (rows × kPanel) = A · panel, or += it; an element has the same bits whatever rows it is computed with.
+// An element of c has the same bits whatever rows it is computed with.
 template <class W>
-void multiply(const void* const* a, i64 step, const void* panel, i64 rows, i64 words, float* c, bool add) {
+void multiply(const void* a, i64 ld, const void* panel, i64 rows, i64 words, float* c, bool add) {
   const W* right = static_cast<const W*>(panel);
   i64 at = 0;
   do {
@@ -190,8 +191,9 @@ void multiply(const void* const* a, i64 step, const void* panel, i64 rows, i64 w
     for (i64 row = 0; blocks; --blocks) {  // blocks of nearly equal size: a lone last row would run at half speed
       const int m = static_cast<int>((rows - row) / blocks);
       const i64 after = rows - row - m;
-      if (step == 1) fetch_rows<W>(a + row + m, after < kMicroM ? after : kMicroM, at, depth);
-      micro_of<W, kMicroM>(m, a + row, at, step, right + at * kPanel, depth, c + row * kPanel, add || at > 0);
+      const W* left = static_cast<const W*>(a) + row * ld + at;
+      fetch_rows(left + m * ld, ld, after < kMicroM ? after : kMicroM, depth);
+      micro_of<W, kMicroM>(m, left, ld, right + at * kPanel, depth, c + row * kPanel, add || at > 0);
       row += m;
     }
     at += depth;

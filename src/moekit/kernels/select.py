@@ -206,18 +206,12 @@ def _decide(op: str, device: torch.device, dtype: torch.dtype, rows: int, expert
         if op == "moe_decode":
             return "cpu", "each weight is read once, in one call"
         if op == "moe_mlp":
-            return _mlp_choice(dtype)
+            return "cpu", "gathers, activations and sums happen inside the products"
         limit = _few_rows(op, dtype)
         if rows <= limit * experts:
             return "cpu", f"up to {limit} rows an expert the native kernel is faster"
         reason = f"beyond {limit} rows an expert PyTorch's matrix product is faster"
     return ("reference" if obstacles["blas"] else "blas"), reason
-
-
-def _mlp_choice(dtype: torch.dtype) -> tuple[str, str]:
-    if dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16"):
-        return "reference", "PyTorch multiplies with AMX: the layer sorts and calls the grouped ops"
-    return "cpu", "gathers, activations and sums happen inside the products"
 
 
 def _native_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
