@@ -32,6 +32,7 @@ __all__ = ["VERBS", "main", "parse", "usage"]
 VERBS = {
     "quickstart": "make a dense model into a Mixture of Experts, train it and talk to it, in a few minutes",
     "plan": "count parameters, memory and work of a model before downloading or running it",
+    "pull": "download a model from the Hugging Face Hub",
     "upcycle": "turn a dense model into a Mixture of Experts",
     "pack": "quantise a model, to 4 or 8 bits a weight",
     "export": "write a model as a GGUF file for llama.cpp",

@@ -19,6 +19,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from moekit.errors import FileError, FormatError, UnknownNameError, UnsupportedError
 from moekit.models import GGUFFile, load_decoder, read_config
+from moekit.models.dequantise import dequantise_mxfp4
 from tolerances import near
 
 VOCABULARY = ["<unk>", "<s>", "</s>", *(f"t{i}" for i in range(61))]
@@ -103,6 +104,39 @@ def test_reads_what_the_gguf_package_reads(tmp_path, kind):
         if not key.startswith("GGUF."):
             value = ours.metadata[key]
             assert (value.tolist() if isinstance(value, np.ndarray) else value) == field.contents()
+
+
+BLOCKS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
+
+
+@pytest.mark.parametrize("kind", [*BLOCKS, "F32", "F16", "BF16"])
+def test_every_kind_is_dequantised_as_the_gguf_package_does(tmp_path, kind, monkeypatch):
+    """Random bytes are valid blocks; matrices of several experts are read two rows at a time."""
+    monkeypatch.setattr("moekit.models.gguf_file._CHUNK", 1100)
+    kind = gguf.GGMLQuantizationType[kind]
+    block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    data = np.random.default_rng(0).integers(256, size=(3, 5, 512 // block * nbytes), dtype=np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_tensor("experts", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with np.errstate(all="ignore"):
+        got, want = GGUFFile(tmp_path / "a.gguf").read("experts"), gguf.dequantize(data.reshape(15, -1), kind)
+    assert got.shape == (3, 5, 512)
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got, want.reshape(3, 5, 512))
+
+
+def test_mxfp4_is_the_same_format_in_both_kinds_of_files():
+    """A GGUF block is the scale, then bytes whose low halves are the first 16 numbers and the high ones the rest."""
+    codes, scales = torch.randint(16, (7, 2, 32)).byte(), torch.randint(100, 150, (7, 2)).byte()
+    packed = torch.cat([scales[..., None], codes[..., :16] | codes[..., 16:] << 4], dim=-1)
+    got = gguf.dequantize(packed.view(7, -1).numpy(), gguf.GGMLQuantizationType.MXFP4)
+    blocks = codes[..., ::2] | codes[..., 1::2] << 4
+    want = dequantise_mxfp4(blocks[None], scales[None], torch.float32)[0]
+    np.testing.assert_array_equal(got, want.numpy())
 
 
 @pytest.mark.parametrize("tied", [False, True])
