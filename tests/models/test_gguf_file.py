@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -15,12 +17,14 @@ import transformers
 from broken import mutations, survives
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from moekit.commands.samples import split_plays
 from moekit.errors import FileError, FormatError, UnknownNameError, UnsupportedError
-from moekit.models import GGUFFile, load_decoder, read_config
+from moekit.models import GGUFFile, load_decoder, load_tokenizer, read_config
 from moekit.models.dequantise import dequantise_mxfp4
-from tolerances import near
+from tolerances import near, rel
 
 VOCABULARY = ["<unk>", "<s>", "</s>", *(f"t{i}" for i in range(61))]
 NAMES = {"attn_q": (64, 32), "attn_k": (32, 32), "attn_v": (32, 32), "attn_output": (32, 64)}
@@ -300,3 +304,19 @@ def test_the_sample_equals_transformers(samples):
     ours, theirs = load_decoder(samples / SAMPLE), transformers_load(samples / SAMPLE)
     ids = torch.randint(0, 49152, (1, 64))
     torch.testing.assert_close(logits(ours, ids), logits(theirs, ids), **near("fp32 SmolLM2"))
+
+
+@pytest.mark.heavy
+def test_the_samples_perplexity_on_the_held_out_plays_is_that_of_transformers(samples):
+    """16 rows of 512 tokens, spread evenly over the four plays."""
+    ours, theirs = load_decoder(samples / SAMPLE), transformers_load(samples / SAMPLE)
+    texts = "\n".join(Path(play).read_text() for play in split_plays(samples)[1])
+    ids = torch.tensor(load_tokenizer(samples / SAMPLE).encode(texts))
+    rows = ids.unfold(0, 512, len(ids) // 16)[:16]
+    assert rows.shape == (16, 512)
+    losses = [
+        [F.cross_entropy(logits(model, row[None])[0, :-1], row[1:]).item() for row in rows] for model in (ours, theirs)
+    ]
+    got, want = (math.exp(sum(each) / len(each)) for each in losses)
+    print(f"perplexity {got:.6f}, transformers {want:.6f}: {got / want - 1:.1e}")
+    assert got == pytest.approx(want, rel=rel("SmolLM2 perplexity"))

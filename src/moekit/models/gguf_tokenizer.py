@@ -15,19 +15,10 @@ from gguf import TokenType
 
 from moekit.errors import UnsupportedError
 from moekit.models.gguf_file import GGUFFile
+from moekit.models.gguf_vocabulary import CUTS, cut_of
 from moekit.models.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["tokenizer_metadata"]
-
-_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CUTS = {
-    ("bytes and words",): "gpt-2",
-    ("digits", "bytes and words"): "smollm",
-    (_LETTERS + r"\p{N}{1,3}" + _REST, "bytes"): "llama-bpe",
-    (_LETTERS + r"\p{N}" + _REST, "bytes"): "qwen2",
-}
-"""Steps of a tokenizer's pre-tokenizer to llama.cpp's name."""
 
 
 def tokenizer_metadata(model: str | os.PathLike[str], vocab_size: int, cut: str | None = None) -> dict[str, Any]:
@@ -56,11 +47,11 @@ def _metadata(tokenizer: Tokenizer, source: str, vocab_size: int, cut: str | Non
     steps = _steps(values.get("pre_tokenizer"))
     if values["model"].get("type") != "BPE" or not steps or not steps[-1].startswith("bytes"):
         raise UnsupportedError(f"the tokenizer of {source} is not byte-level BPE; export it with --no-tokenizer")
-    cut = cut or _CUTS.get(steps)
+    cut = cut or cut_of(steps)
     if cut is None:
         raise UnsupportedError(
             f"the tokenizer of {source} cuts words as {' then '.join(map(repr, steps))}, which is none of "
-            f"{', '.join(_CUTS.values())}: give llama.cpp's name for it with --pre-tokenizer, or --no-tokenizer"
+            f"{', '.join(CUTS)}: give llama.cpp's name for it with --pre-tokenizer, or --no-tokenizer"
         )
     tokens, types = _tokens(tokenizer, values, vocab_size, source)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in values["model"]["merges"]]
@@ -81,7 +72,7 @@ def _metadata(tokenizer: Tokenizer, source: str, vocab_size: int, cut: str | Non
 
 
 def _steps(pre: dict[str, Any] | None) -> tuple[str, ...]:
-    """What a pre-tokenizer does, step by step, in the words of `_CUTS`; another step by its type."""
+    """What a pre-tokenizer does, step by step, in the words of `CUTS`; another step by its type."""
     if pre is None:
         return ()
     kind = pre["type"]

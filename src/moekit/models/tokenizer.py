@@ -14,6 +14,7 @@ from typing import Any
 from moekit.errors import ConfigError, FileError, FormatError, UnsupportedError
 from moekit.files import file_errors, replacing_folder
 from moekit.models.gguf_file import GGUFFile
+from moekit.models.gguf_vocabulary import read_tokenizer
 
 __all__ = ["TextStream", "Tokenizer", "load_tokenizer"]
 
@@ -84,27 +85,24 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         FileError: there is none.
         FormatError: it cannot be understood.
+        UnsupportedError: it is of a kind that moekit does not read from GGUF files.
     """
     path = Path(path)
     if path.suffix == ".gguf":
-        # Our reader checks the file first: the one inside transformers believes every length in it.
-        template = GGUFFile(path).metadata.get("tokenizer.chat_template")
-        hf = _from_pretrained("PreTrainedTokenizerFast", path, path.parent, gguf_file=path.name)
-        hf.chat_template = hf.chat_template or template
+        hf = read_tokenizer(GGUFFile(path).metadata, str(path))
     elif any((path / name).exists() for name in _FILES):
-        hf = _from_pretrained("AutoTokenizer", path, path)
+        hf = _from_pretrained(path)
     else:
         raise FileError(f"{path} has no tokenizer (none of {', '.join(_FILES)})")
     return Tokenizer(hf)
 
 
-def _from_pretrained(kind: str, path: Path, folder: Path, **options: str) -> Any:
-    # For GGUF the class is named, because AutoTokenizer would spend seconds to read the model's configuration.
+def _from_pretrained(path: Path) -> Any:
     import transformers
 
     try:
         with file_errors(path, "read the tokenizer of"):
-            return getattr(transformers, kind).from_pretrained(folder, local_files_only=True, **options)
+            return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
     except FileError:
         raise
     except Exception as error:  # the tokenizer libraries raise plain Exception for a file they do not understand
