@@ -30,7 +30,7 @@ from test_gguf_file import array, header, info, number, text, write_llama
 from twins import write
 
 from moekit.errors import MoekitError
-from moekit.models import GGUFFile, SafetensorsFile, load_decoder, save_decoder
+from moekit.models import GGUFFile, SafetensorsFile, load_decoder, load_tokenizer, save_decoder
 
 SECONDS = 1.0
 """Of the processor: another process on the machine is no slowness of ours."""
@@ -80,6 +80,7 @@ def load(folder: Path) -> None:
     path = folder / "model.gguf" if (folder / "model.gguf").exists() else folder
     load_decoder(path)
     if path.suffix == ".gguf":
+        load_tokenizer(path)
         file = GGUFFile(path)
         for name in file.tensors:
             file.read(name)

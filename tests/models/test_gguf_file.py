@@ -26,7 +26,7 @@ from moekit.models import GGUFFile, load_decoder, load_tokenizer, read_config
 from moekit.models.dequantise import dequantise_mxfp4
 from tolerances import near, rel
 
-VOCABULARY = ["<unk>", "<s>", "</s>", *(f"t{i}" for i in range(61))]
+VOCABULARY = ["<unk>", "<s>", "</s>", *(f"t{i}" for i in range(59)), "t", "1"]
 NAMES = {"attn_q": (64, 32), "attn_k": (32, 32), "attn_v": (32, 32), "attn_output": (32, 64)}
 NAMES |= {"ffn_gate": (96, 32), "ffn_up": (96, 32), "ffn_down": (32, 96)}
 
@@ -54,7 +54,9 @@ def write_llama(path, kind=None, tied=False, extra=None):
     writer.add_rope_dimension_count(16)
     writer.add_vocab_size(len(VOCABULARY))
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(VOCABULARY)
+    writer.add_token_merges(["t 1"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_array("test.numbers", [1, 2, 3])

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moekit.errors import ConfigError, FileError, FormatError, UnsupportedError
+from moekit.errors import ConfigError, FileError, FormatError, MoekitError, UnsupportedError
 from moekit.files import file_errors, replacing_folder
 from moekit.models.gguf_file import GGUFFile
 from moekit.models.gguf_vocabulary import read_tokenizer
@@ -89,21 +90,23 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """
     path = Path(path)
     if path.suffix == ".gguf":
-        hf = read_tokenizer(GGUFFile(path).metadata, str(path))
-    elif any((path / name).exists() for name in _FILES):
-        hf = _from_pretrained(path)
-    else:
+        metadata = GGUFFile(path).metadata
+        with _errors_of_the_libraries(path):
+            return Tokenizer(read_tokenizer(metadata, str(path)))
+    if not any((path / name).exists() for name in _FILES):
         raise FileError(f"{path} has no tokenizer (none of {', '.join(_FILES)})")
-    return Tokenizer(hf)
-
-
-def _from_pretrained(path: Path) -> Any:
     import transformers
 
+    with _errors_of_the_libraries(path):
+        return Tokenizer(transformers.AutoTokenizer.from_pretrained(path, local_files_only=True))
+
+
+@contextmanager
+def _errors_of_the_libraries(path: Path) -> Iterator[None]:
     try:
         with file_errors(path, "read the tokenizer of"):
-            return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except FileError:
+            yield
+    except MoekitError:
         raise
     except Exception as error:  # the tokenizer libraries raise plain Exception for a file they do not understand
         reason = (str(error).splitlines() or [type(error).__name__])[0]
