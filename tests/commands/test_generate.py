@@ -2,11 +2,13 @@
 
 import json
 import pickle
+import shutil
 
 import pytest
 
 import moekit
 from moekit.cli import main
+from moekit.engine import Stream
 
 
 def run_json(capsys, *args):
@@ -46,15 +48,60 @@ def test_chat_and_stop(folders, capsys):
 
 def test_text_is_printed_as_it_is(folders, capsys, monkeypatch):
     """Brackets are no markup, and long lines are not wrapped."""
-    monkeypatch.setattr(moekit.Model, "_pieces", lambda self, *_: self_stats(self) or iter(["[bold]x[/] ", "y" * 300]))
+    pieces = ["[bold]x[/] ", "y" * 300]
+    monkeypatch.setattr(Stream, "__next__", lambda _: pieces.pop(0) if pieces else next(iter(())))
     assert main(["generate", str(folders / "moe"), "Hello"]) == 0
     assert capsys.readouterr().out.startswith("[bold]x[/] " + "y" * 300 + "\n")
 
 
-def self_stats(model):
-    from moekit.engine import GenerationStats
+def test_json_holds_log_probabilities(folders, capsys):
+    code, result = run_json(capsys, "generate", folders / "moe", "Hello", "--max-new-tokens", 4, "--logprobs", 2)
+    assert code == 0
+    expected = moekit.load(folders / "moe").complete("Hello", max_new_tokens=4, logprobs=2)
+    assert result["token_ids"] == list(expected.token_ids)
+    assert [each["id"] for each in result["logprobs"]] == result["token_ids"]
+    for got, wanted in zip(result["logprobs"], expected.logprobs, strict=True):
+        assert got["text"] == wanted.text
+        assert got["logprob"] == wanted.logprob <= 0
+        assert [each["id"] for each in got["top"]] == [each.id for each in wanted.top]
+        assert got["top"][0]["id"] == got["id"]  # greedy
 
-    model.last_stats = GenerationStats(1, 0, 1, 0.1, 1.0, 1.0, "stop", ())
+
+def test_system_and_tools_reach_the_template(folders, capsys, tmp_path):
+    model = moekit.load(folders / "moe")
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    messages = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}]
+    flags = ("--chat", "--system", "Be brief", "--max-new-tokens", 8)
+    code, result = run_json(capsys, "generate", folders / "moe", "Hi", *flags)
+    assert code == 0
+    assert result["text"] == model.generate(messages, max_new_tokens=8)
+    (tmp_path / "tools.json").write_text(json.dumps({"tools": tools}))
+    code, result = run_json(capsys, "generate", folders / "moe", "Hi", *flags, "--tools", tmp_path / "tools.json")
+    assert code == 2
+    assert "takes no tools" in result["error"]
+    shutil.copytree(folders / "moe", tmp_path / "tools")
+    model.tokenizer.hf.chat_template = "{{ tools | tojson }}{{ messages[0].content }}"
+    model.tokenizer.save(tmp_path / "tokenizer")
+    for file in (tmp_path / "tokenizer").iterdir():
+        shutil.copy(file, tmp_path / "tools")
+    code, result = run_json(capsys, "generate", tmp_path / "tools", "Hi", *flags, "--tools", tmp_path / "tools.json")
+    assert code == 0
+    assert result["prompt_tokens"] == len(json.dumps(tools) + "Be brief")
+    assert result["text"] == model.generate(messages, tools=tools, max_new_tokens=8)
+
+
+@pytest.mark.parametrize("flag", [("--system", "x"), ("--tools", "x.json")])
+def test_system_and_tools_need_a_chat(flag, capsys):
+    code, result = run_json(capsys, "generate", "m", "Hi", *flag)
+    assert code == 2
+    assert "add --chat" in result["error"]
+
+
+def test_tools_must_be_a_list(capsys, tmp_path):
+    (tmp_path / "tools.json").write_text('{"tools": {}}')
+    code, result = run_json(capsys, "generate", "m", "Hi", "--chat", "--tools", tmp_path / "tools.json")
+    assert code == 2
+    assert "tools.json must hold" in result["error"]
 
 
 @pytest.mark.parametrize("verb", ["generate", "chat", "inspect"])
@@ -87,6 +134,10 @@ def test_a_prompt_that_is_too_long_names_both_numbers(folders, capsys):
     [
         (["--temperature", "-1"], "temperature must be at least 0, not -1.0"),
         (["--top-p", "0"], "top_p must lie in (0, 1], not 0.0"),
+        (["--min-p", "1.5"], "min_p must lie in [0, 1], not 1.5"),
+        (["--repetition-penalty", "0"], "repetition_penalty must be above 0 and finite, not 0.0"),
+        (["--presence-penalty", "-3"], "presence_penalty must lie in [-2, 2], not -3.0"),
+        (["--frequency-penalty", "2.5"], "frequency_penalty must lie in [-2, 2], not 2.5"),
         (["--max-new-tokens", "0"], "max_new_tokens must be a whole number of at least 1, not 0"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import socket
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from moekit.errors import ConfigError, FileError, FormatError, UnsupportedError
@@ -49,11 +50,34 @@ def pieces(tokenizer, ids):
     return [*(stream.push(token) for token in ids), stream.end()]
 
 
-TOKENIZERS = {"bytes": Tokenizer(bytewise()), "sentencepiece": Tokenizer(sentencepiece())}
+def merged():
+    """Byte-level BPE as GPT-2's, taught emoji, marks and scripts: tokens begin and end inside characters."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["</s>"],
+        show_progress=False,
+    )
+    backend.train_from_iterator([HARD * 3, "🙂🙃🙂 日日本 éè"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+# A family of four joined by zero-width joiners, a flag, a skin tone, letters under several combining marks, Hangul
+# jamo, Devanagari with a virama, Arabic with vowels, a variation selector, and the last code point.
+HARD = "👨‍👩‍👧‍👦 🇦🇹 👍🏽 é ạ̈ 한 क्षि بِسْمِ ☔️ 􏿿"
+TOKENIZERS = {
+    "bytes": Tokenizer(bytewise()),
+    "merged bytes": Tokenizer(merged()),
+    "sentencepiece": Tokenizer(sentencepiece()),
+}
+ANY_TEXT = st.text(max_size=40) | st.text(HARD, max_size=40) | st.lists(st.sampled_from(HARD.split())).map("".join)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@given(text=st.text(max_size=40))
+@given(text=ANY_TEXT)
 @settings(max_examples=200, deadline=None)
 def test_pieces_never_cut_a_character_and_join_to_the_whole(name, text):
     tokenizer = TOKENIZERS[name]
@@ -71,6 +95,15 @@ def test_any_ids_at_all_join_to_the_whole(name, data):
     tokenizer = TOKENIZERS[name]
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=25))
     assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+def test_tokens_that_cut_characters_exist():
+    """Else the property above would hold of any stream."""
+    tokenizer = TOKENIZERS["merged bytes"]
+    parts = [tokenizer.text_of(token) for token in tokenizer.encode(HARD)]
+    assert sum("\ufffd" in part for part in parts) > 10
+    assert any(len(part) > 1 and "\ufffd" in part for part in parts)
+    assert "".join(pieces(tokenizer, tokenizer.encode(HARD))) == HARD
 
 
 def test_a_character_of_four_tokens_comes_in_one_piece():
@@ -111,8 +144,72 @@ def test_chat_refuses_what_it_cannot_format():
     hf.chat_template = TEMPLATE
     with pytest.raises(ConfigError, match="no tools here"):
         Tokenizer(hf).chat([{"role": "tool", "content": "x"}])
-    with pytest.raises(ConfigError, match="needs a role and a content"):
-        Tokenizer(hf).chat([{"role": "user"}])
+    for wrong in ({"role": "user"}, {"content": "x"}, "x", {"role": "assistant", "name": "x"}):
+        with pytest.raises(ConfigError, match="needs a role, and a content or tool_calls"):
+            Tokenizer(hf).chat([wrong])
+    with pytest.raises(UnsupportedError, match="takes no tools"):
+        Tokenizer(hf).chat(HELLO, tools=WEATHER)
+    hf.chat_template = "{{ messages[0].content + 1 }}"
+    with pytest.raises(ConfigError, match="does not take these messages"):
+        Tokenizer(hf).chat(HELLO)
+
+
+# The pieces of real templates (Qwen, Llama 3) that tools use: schemas, calls with arguments as a mapping, answers.
+TOOL_TEMPLATE = (
+    "{% if tools %}<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}</tools>{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}"
+    "{% for k, v in c.function.arguments.items() %} {{ k }}={{ v }}{% endfor %}</call>{% endfor %}"
+    "{% if m.tool_call_id %} for {{ m.tool_call_id }}{% endif %}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+WEATHER = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+
+
+@pytest.mark.parametrize("arguments", ['{"city": "Graz", "days": 2}', {"city": "Graz", "days": 2}])
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+def test_tools_calls_and_answers_reach_the_template(arguments, content):
+    hf = bytewise()
+    hf.chat_template = TOOL_TEMPLATE
+    call = {"id": "7", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    messages = [
+        {"role": "system", "content": "Be brief"},
+        *HELLO,
+        {"role": "assistant", "tool_calls": [call], **content},
+        {"role": "tool", "tool_call_id": "7", "content": "rain"},
+    ]
+    given = copy.deepcopy(messages)
+    text = hf.decode(Tokenizer(hf).chat(messages, WEATHER))
+    assert text == (
+        f"<tools>{json.dumps(WEATHER[0])}</tools><system>Be brief</s><user>hi</s>"
+        "<assistant><call>weather city=Graz days=2</call></s><tool>rain for 7</s><assistant>"
+    )
+    assert messages == given
+
+
+def test_a_function_becomes_a_tool():
+    def weather(city: str):
+        """
+        The weather somewhere.
+
+        Args:
+            city: where.
+        """
+
+    hf = bytewise()
+    hf.chat_template = TOOL_TEMPLATE
+    text = hf.decode(Tokenizer(hf).chat(HELLO, [weather]))
+    assert '"name": "weather", "description": "The weather somewhere."' in text
+    with pytest.raises(ConfigError, match="does not take these messages: Tools should"):
+        Tokenizer(hf).chat(HELLO, ["weather"])
+    assert Tokenizer(hf).chat(HELLO, []) == Tokenizer(hf).chat(HELLO)
+
+
+def test_arguments_that_are_no_json_are_named():
+    hf = bytewise()
+    hf.chat_template = TOOL_TEMPLATE
+    call = {"function": {"name": "weather", "arguments": "{city"}}
+    with pytest.raises(ConfigError, match="arguments of the call of 'weather' are no JSON"):
+        Tokenizer(hf).chat([{"role": "assistant", "tool_calls": [call]}])
 
 
 def test_saved_and_loaded_again_without_the_network(tmp_path, monkeypatch):

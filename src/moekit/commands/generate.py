@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from moekit.commands.options import DType, ModelPath, Sampling
 from moekit.config import SamplingConfig
+from moekit.config.base import check
+from moekit.files import read_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,26 +29,45 @@ class Options:
     """Text to continue."""
     chat: bool = False
     """Put the prompt into the model's chat template, as a user's message."""
+    system: str = ""
+    """With --chat: instruction to the model, before the message."""
+    tools: Path | None = None
+    """With --chat: JSON file {"tools": [...]} with what the model may call, as in a request to OpenAI's API."""
+    logprobs: int | None = None
+    """For --json: the log-probability of each token, and of this many of the most likely ones beside it."""
     dtype: DType | None = None
     """Compute in this format; the stored one when not given."""
     sampling: Sampling = field(default_factory=SamplingConfig)
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
-    """Stream the text; returns it with the figures of `GenerationStats`."""
+    """Stream the text; returns it with its tokens and the figures of `GenerationStats`."""
     import dataclasses
 
     import moekit
 
+    prompt, tools = _prompt(options), options.tools and _tools(options.tools)
     model = moekit.load(options.model, dtype=options.dtype)
-    prompt = [{"role": "user", "content": options.prompt}] if options.chat else options.prompt
-    text = ""
-    for piece in model.stream(prompt, **dataclasses.asdict(options.sampling)):
-        text += piece
+    stream = model.stream(prompt, tools=tools, logprobs=options.logprobs, **dataclasses.asdict(options.sampling))
+    for piece in stream:
         console.out(piece, end="", highlight=False)
-    assert model.last_stats is not None
-    console.print(f"\n{summary(model.last_stats)}", style="dim", highlight=False)
-    return {"text": text, **model.last_stats.to_dict()}
+    completion = stream.completion
+    console.print(f"\n{summary(completion.stats)}", style="dim", highlight=False)
+    return completion.to_dict()
+
+
+def _prompt(options: Options) -> str | list[dict[str, str]]:
+    if not options.chat:
+        check(not (options.system or options.tools), "--system and --tools are for a chat: add --chat")
+        return options.prompt
+    system = [{"role": "system", "content": options.system}] if options.system else []
+    return [*system, {"role": "user", "content": options.prompt}]
+
+
+def _tools(path: Path) -> list[Any]:
+    tools: Any = read_json(path).get("tools")
+    check(isinstance(tools, list), f'{path} must hold {{"tools": [...]}}')
+    return tools
 
 
 def summary(stats: GenerationStats) -> str:

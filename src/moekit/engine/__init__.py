@@ -1,8 +1,20 @@
-"""The engine: from a prompt to text, one sequence at a time, over a cache that chats reuse."""
+"""The engine: from prompts to text, one sequence or many at a time, over caches that chats reuse."""
 
+from moekit.engine.completion import ChosenToken, Completion, TokenLogprob
 from moekit.engine.engine import Model, load
+from moekit.engine.generation import Stream
 from moekit.engine.sampler import Sampler
 from moekit.engine.session import Session
 from moekit.engine.stats import GenerationStats
 
-__all__ = ["GenerationStats", "Model", "Sampler", "Session", "load"]
+__all__ = [
+    "ChosenToken",
+    "Completion",
+    "GenerationStats",
+    "Model",
+    "Sampler",
+    "Session",
+    "Stream",
+    "TokenLogprob",
+    "load",
+]

@@ -5,10 +5,9 @@ It joins the decoder (ids and logits), the tokenizer (ids and text) and the samp
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, TypeGuard, cast, overload
 
 import torch
 from torch import Tensor
@@ -16,21 +15,23 @@ from torch import Tensor
 from moekit.adapt.packed_folder import load_packed, save_packed
 from moekit.adapt.quant import load_quantised
 from moekit.config import ModelConfig, SamplingConfig, from_dict
-from moekit.engine.sampler import Sampler
+from moekit.engine.completion import Completion
+from moekit.engine.generation import Generation, Stream, complete_all
 from moekit.engine.session import Session
-from moekit.engine.stats import FinishReason, GenerationStats, count_experts
-from moekit.engine.stops import StopStrings
-from moekit.errors import ConfigError, ContextLengthError, UnsupportedError
+from moekit.engine.stats import GenerationStats
+from moekit.errors import ConfigError, ContextLengthError, MoekitError, UnsupportedError
 from moekit.models.archs import is_packed
 from moekit.models.decoder import Decoder, DecoderOutput
-from moekit.models.tokenizer import TextStream, Tokenizer, load_tokenizer
+from moekit.models.tokenizer import Message, Tokenizer, load_tokenizer
 from moekit.models.weights import load_decoder, save_decoder
 from moekit.registry import Registry
 
 __all__ = ["Model", "Prompt", "load"]
 
-Prompt = str | Sequence[dict[str, str]]
+Prompt = str | Sequence[Message]
 """Text to continue, or messages {"role": ..., "content": ...} for the model's chat template."""
+BATCH_SIZE = 16
+"""Prompts of a list in memory at once: each has keys and values of its own."""
 
 DTYPES: Registry[torch.dtype] = Registry("dtype")
 for _name in ("float32", "bfloat16", "float16"):
@@ -80,7 +81,7 @@ class Model:
         decoder: the `Decoder`, a torch module.
         tokenizer: text to ids and back.
         config: the decoder's `ModelConfig`.
-        last_stats: figures of the last finished or abandoned generation; None before the first.
+        last_stats: figures of the last finished or abandoned generation of a single prompt; None before the first.
     """
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer) -> None:
@@ -102,31 +103,93 @@ class Model:
         output: DecoderOutput = self.decoder(input_ids)
         return output
 
-    def generate(self, prompt: Prompt, *, session: Session | None = None, **sampling: Any) -> str:
-        """The whole text that follows `prompt`; see `stream`."""
-        return "".join(self.stream(prompt, session=session, **sampling))
+    @overload
+    def generate(self, prompt: Prompt, **options: Any) -> str: ...
+    @overload
+    def generate(self, prompt: list[str] | list[list[Message]], **options: Any) -> list[str]: ...
+    def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> str | list[str]:
+        """The text that follows `prompt`, and for a list of prompts the list of their texts; see `complete`."""
+        found: Completion | list[Completion] = self.complete(cast(Any, prompt), **options)
+        return found.text if isinstance(found, Completion) else [each.text for each in found]
 
-    def stream(self, prompt: Prompt, *, session: Session | None = None, **sampling: Any) -> Iterator[str]:
-        """Pieces of the text that follows `prompt`, each as soon as it is certain.
+    @overload
+    def complete(self, prompt: Prompt, **options: Any) -> Completion: ...
+    @overload
+    def complete(self, prompt: list[str] | list[list[Message]], **options: Any) -> list[Completion]: ...
+    def complete(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        session: Session | None = None,
+        batch_size: int = BATCH_SIZE,
+        **options: Any,
+    ) -> Completion | list[Completion]:
+        """What follows a prompt, with tokens, log-probabilities and figures; for a list of prompts a list of these.
+
+        Each prompt of a list gets what it gets alone, bit for bit, whatever its length and whoever is beside it: it
+        has a cache and, with the same `seed`, a random generator of its own. See `Decoder.forward_each`.
+
+        Args:
+            session: as for `stream`, for one prompt.
+            batch_size: how many prompts of a list are in memory at once; one that ends makes room for the next.
+            options: as for `stream`.
+        Raises:
+            As `stream`, before anything is computed; the error names the prompt of the list.
+        """
+        if not _is_batch(prompt):
+            stream = self.stream(cast(Prompt, prompt), session=session, **options)
+            for _ in stream:
+                pass
+            return stream.completion
+        if session is not None:
+            raise ConfigError("a session is for one prompt, not for a list")
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, not {batch_size}")
+        generations = [self._one_of_many(number, each, options) for number, each in enumerate(prompt)]
+        complete_all(generations, self.new_session, batch_size)
+        return [each.completion() for each in generations]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        tools: Sequence[Any] | None = None,
+        logprobs: int | None = None,
+        session: Session | None = None,
+        **sampling: Any,
+    ) -> Stream:
+        """Pieces of the text that follows `prompt`, each as soon as it is certain; `completion` of what is returned
+        has the rest.
 
         Args:
             prompt: text, or chat messages.
+            tools: for the chat template; see `Tokenizer.chat`.
+            logprobs: record the log-probability of each token and this many of the most likely ones; 0 its own alone.
             session: from `new_session`; keeps the cache, so that a longer version of the last prompt is quick.
             sampling: fields of `SamplingConfig`.
         Raises:
-            ConfigError: a sampling field is unknown or out of range, or the prompt is empty.
+            ConfigError: a sampling field is unknown or out of range, the prompt is empty, or its template does not
+                take it.
             ContextLengthError: the prompt leaves no room in the model's context.
+            UnsupportedError: messages for a model without a chat template, or tools for one that knows none.
         """
-        config = from_dict(SamplingConfig, sampling, source="sampling")
-        return self._pieces(self.encode(prompt), session or self.new_session(), config)
+        generation = self._generation(prompt, tools=tools, logprobs=logprobs, **sampling)
+        return Stream(generation, session or self.new_session(), self._ended)
 
     def new_session(self) -> Session:
         """A conversation's memory, for `stream` and `generate`."""
         return Session(self.decoder)
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt, tools: Sequence[Any] | None = None) -> list[int]:
         """Ids of a prompt, checked to fit the context with room for an answer. Raises as `stream` does."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.chat(prompt)
+        if not isinstance(prompt, str | Sequence):
+            raise ConfigError(f"a prompt is text or a list of messages, not {prompt!r}")
+        if isinstance(prompt, str):
+            if tools:
+                raise ConfigError("tools are for chat messages; a plain prompt has no place for them")
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = self.tokenizer.chat(prompt, tools)
         context = self.config.max_position_embeddings
         if not ids:
             raise ConfigError("the prompt is empty: give at least one character")
@@ -144,70 +207,26 @@ class Model:
         save_decoder(self.decoder, folder)
         self.tokenizer.save(folder)
 
-    def _pieces(self, ids: list[int], session: Session, config: SamplingConfig) -> Iterator[str]:
-        run = _Generation(session, ids, config, self._end_ids())
-        text, stops = TextStream(self.tokenizer), StopStrings(config.stop)
+    def _one_of_many(self, number: int, prompt: Prompt, options: dict[str, Any]) -> Generation:
         try:
-            for token in run:
-                piece = stops.push(text.push(token))
-                if piece:
-                    yield piece
-                if stops.found:
-                    run.finish_reason = "stop"
-                    return
-            tail = stops.push(text.end()) + stops.end()
-            if tail:
-                yield tail
-        finally:
-            self.last_stats = run.stats()
+            return self._generation(prompt, **options)
+        except MoekitError as error:
+            raise type(error)(f"prompts[{number}]: {error}") from error
 
-    def _end_ids(self) -> frozenset[int]:
-        return frozenset([*self.config.eos_token_ids, *self.tokenizer.eos_ids])
+    def _generation(
+        self, prompt: Prompt, *, tools: Sequence[Any] | None = None, logprobs: int | None = None, **sampling: Any
+    ) -> Generation:
+        config = from_dict(SamplingConfig, sampling, source="sampling")
+        if logprobs is not None and not 0 <= logprobs <= self.config.vocab_size:
+            raise ConfigError(f"logprobs must lie between 0 and the vocabulary's size, not {logprobs}")
+        end_ids = [*self.config.eos_token_ids, *self.tokenizer.eos_ids]
+        context = self.config.max_position_embeddings
+        return Generation(self.encode(prompt, tools), config, self.tokenizer, end_ids, context, logprobs)
+
+    def _ended(self, stats: GenerationStats) -> None:
+        self.last_stats = stats
 
 
-class _Generation:
-    """The tokens of one answer, and what they cost. Iterate once."""
-
-    def __init__(self, session: Session, ids: list[int], config: SamplingConfig, end_ids: Iterable[int]) -> None:
-        self._session, self._ids, self._end_ids = session, ids, frozenset(end_ids)
-        self._sampler = Sampler(config)
-        room = session.decoder.config.max_position_embeddings - len(ids)
-        self._limit = min(config.max_new_tokens, room)
-        self._limit_reason: FinishReason = "length" if config.max_new_tokens <= room else "context"
-        self._seconds: list[float] = []
-        self._new_tokens = 0
-        self.finish_reason: FinishReason = "cancelled"
-
-    def __iter__(self) -> Iterator[int]:
-        self._session.take_routings()
-        token = self._timed(self._ids, first=True)
-        while token not in self._end_ids:
-            self._new_tokens += 1
-            yield token
-            if self._new_tokens == self._limit:
-                self.finish_reason = self._limit_reason
-                return
-            token = self._timed([token])
-        self.finish_reason = "stop"
-
-    def stats(self) -> GenerationStats:
-        first, later = sum(self._seconds[:1]), self._seconds[1:]
-        computed = len(self._ids) - self._session.reused
-        return GenerationStats(
-            prompt_tokens=len(self._ids),
-            reused_tokens=self._session.reused,
-            new_tokens=self._new_tokens,
-            time_to_first_token=first,
-            prefill_tokens_per_second=computed / first if first else 0.0,
-            decode_tokens_per_second=len(later) / sum(later) if later else 0.0,
-            finish_reason=self.finish_reason,
-            expert_counts=count_experts(self._session.take_routings()),
-        )
-
-    def _timed(self, ids: list[int], first: bool = False) -> int:
-        """Compute `ids` and choose the next token, remembering how long it took."""
-        start = time.perf_counter()
-        logits_V = self._session.read(ids) if first else self._session.append(ids)
-        token = self._sampler(logits_V)
-        self._seconds.append(time.perf_counter() - start)
-        return token
+def _is_batch(prompt: Prompt | Sequence[Prompt]) -> TypeGuard[Sequence[Prompt]]:
+    """Whether this is a list of prompts, not one: messages are mappings, prompts are not."""
+    return not isinstance(prompt, str) and not any(isinstance(each, Mapping) for each in prompt)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from moekit.models.cache import KVCache
-from moekit.models.decoder import Decoder
+from moekit.models.decoder import Decoder, DecoderOutput
 from moekit.moe import Routing
 
-__all__ = ["PREFILL_CHUNK", "Session"]
+__all__ = ["PREFILL_CHUNK", "Session", "append_each"]
 
 PREFILL_CHUNK = 512
 """Prompt tokens computed at once: enough to keep the cores busy, few enough that activations stay small."""
@@ -54,7 +54,9 @@ class Session:
     @torch.inference_mode()
     def append(self, ids: Sequence[int]) -> Tensor:
         """Compute `ids` after the session's tokens; returns the logits (V,) that follow the last one."""
-        output = self.decoder(torch.tensor([ids]), cache=self._cache, last_only=True)
+        return self._took(ids, self.decoder(torch.tensor([ids]), cache=self._cache, last_only=True))
+
+    def _took(self, ids: Sequence[int], output: DecoderOutput) -> Tensor:
         self.tokens.extend(ids)
         if output.routings:
             self._routings.append(output.routings)
@@ -64,6 +66,15 @@ class Session:
         """The routings (one an MoE layer) of every pass since the last call, which forgets them."""
         taken, self._routings = self._routings, []
         return taken
+
+
+@torch.inference_mode()
+def append_each(sessions: Sequence[Session], tokens: Sequence[int]) -> list[Tensor]:
+    """Compute one token after those of each session of one decoder; the logits (V,) that follow, bit for bit those
+    that `append` gives for each alone."""
+    outputs = sessions[0].decoder.forward_each(tokens, [session._cache for session in sessions])
+    joined = zip(sessions, tokens, outputs, strict=True)
+    return [session._took([token], output) for session, token, output in joined]
 
 
 def _common_prefix(old: Sequence[int], new: Sequence[int]) -> int:

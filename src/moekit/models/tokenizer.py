@@ -5,6 +5,7 @@ A thin face of transformers' tokenizers, which are imported when one is loaded. 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +18,14 @@ from moekit.files import file_errors, replacing_folder
 from moekit.models.gguf_file import GGUFFile
 from moekit.models.gguf_vocabulary import read_tokenizer
 
-__all__ = ["TextStream", "Tokenizer", "load_tokenizer"]
+__all__ = ["Message", "TextStream", "Tokenizer", "load_tokenizer"]
+
+Message = Mapping[str, Any]
+"""One turn of a conversation: {"role": ..., "content": ...}; see `Tokenizer.chat`."""
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _HALF_A_CHARACTER = "\ufffd"
+_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag of transformers' own
 _ONE_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
@@ -52,27 +57,44 @@ class Tokenizer:
         text: str = self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def text_of(self, token: int) -> str:
+        """Text of one id alone, special ones included; U+FFFD for a part of a character."""
+        text: str = self.hf.decode([token], clean_up_tokenization_spaces=False)
+        return text
+
+    def chat(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[int]:
         """Ids of a conversation, up to where the assistant's next answer begins.
 
         Args:
-            messages: each with "role" and "content".
+            messages: each with "role", and "content" or "tool_calls"; what else there is, as "tool_call_id" and
+                "name" of a tool's answer, the template sees too. A call's arguments may be a mapping, as templates
+                expect them, or its JSON, as OpenAI's API gives it.
+            tools: what the model may call: JSON schemas as in OpenAI's API, or documented functions, of which
+                transformers makes such schemas. They reach the template as `tools`.
         Raises:
-            UnsupportedError: the tokenizer has no chat template.
-            ConfigError: the template does not take these messages.
+            UnsupportedError: the tokenizer has no chat template, or one that knows no tools.
+            ConfigError: the template does not take these messages or tools.
         """
-        from jinja2 import TemplateError
-
         if not self.hf.chat_template:
             raise UnsupportedError("this tokenizer has no chat template; give a plain prompt instead")
-        for message in messages:
-            if not {"role", "content"} <= message.keys():
-                raise ConfigError(f"every message needs a role and a content, not {sorted(message)}")
+        ready = [_message(message) for message in messages]
         try:
-            text = self.hf.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise ConfigError(f"the chat template does not take these messages: {error}") from None
+            if tools and not self._takes_tools():
+                raise UnsupportedError("this tokenizer's chat template takes no tools; put them in a system message")
+            text = self.hf.apply_chat_template(ready, tools=tools or None, tokenize=False, add_generation_prompt=True)
+        except UnsupportedError:
+            raise
+        except Exception as error:  # a template is a program, and may fail in any way
+            raise ConfigError(f"the chat template does not take these messages: {_first_line(error)}") from error
         return list(self.hf.encode(text, add_special_tokens=False))
+
+    def _takes_tools(self) -> bool:
+        """Whether the template reads a variable of that name; one that does not would drop them without a word."""
+        from jinja2 import Environment, nodes
+
+        template = _GENERATION.sub("", self.hf.get_chat_template(tools=[{}]))
+        parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        return any(node.name == "tools" for node in parsed.find_all(nodes.Name))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the tokenizer's files, chat template included, so that `load_tokenizer` and transformers read them."""
@@ -109,8 +131,36 @@ def _errors_of_the_libraries(path: Path) -> Iterator[None]:
     except MoekitError:
         raise
     except Exception as error:  # the tokenizer libraries raise plain Exception for a file they do not understand
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FormatError(f"the tokenizer of {path} cannot be read: {reason}") from error
+        raise FormatError(f"the tokenizer of {path} cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _message(message: Message) -> dict[str, Any]:
+    """A message as templates expect it: always with a content, and a call's arguments as a mapping.
+
+    transformers' guide to tool use ("Tool use", passing calls back) has arguments as a dict and says why.
+    """
+    if not isinstance(message, Mapping) or "role" not in message or not {"content", "tool_calls"} & message.keys():
+        said = sorted(message) if isinstance(message, Mapping) else repr(message)
+        raise ConfigError(f"every message needs a role, and a content or tool_calls, not {said}")
+    ready = {**message, "content": "" if message.get("content") is None else message["content"]}
+    if message.get("tool_calls"):
+        ready["tool_calls"] = [_call(call) for call in message["tool_calls"]]
+    return ready
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return dict(call)
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"the arguments of the call of {function.get('name')!r} are no JSON: {error}") from None
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 class TextStream:
