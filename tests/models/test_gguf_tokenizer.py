@@ -57,8 +57,8 @@ def test_tokens_types_and_padding(tmp_path):
     ("pre", "said"),
     [
         (BYTES, "cuts words as 'bytes', which is none of"),
-        ({"type": "Whitespace"}, "not byte-level BPE"),
-        (WORDS | {"add_prefix_space": True}, "not byte-level BPE"),
+        ({"type": "Whitespace"}, "neither byte-level BPE nor"),
+        (WORDS | {"add_prefix_space": True}, "neither byte-level BPE nor"),
     ],
 )
 def test_others_are_refused(pre, said, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import json
 import time
 from importlib.util import find_spec
 
@@ -196,6 +197,37 @@ def test_special_tokens_of_sentencepiece():
     assert Tokenizer(read_tokenizer(sentencepiece(add_bos_token=False), "a")).encode("all")[0] != 1
 
 
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_saved_and_written_again(tmp_path, prefix):
+    metadata = sentencepiece(add_space_prefix=prefix)
+    before = Tokenizer(read_tokenizer(metadata, "a"))
+    before.save(tmp_path)
+    written = tokenizer_metadata(tmp_path, len(metadata["tokenizer.ggml.tokens"]) + 1)
+    count = len(metadata["tokenizer.ggml.tokens"])
+    assert written["tokenizer.ggml.tokens"][:count] == metadata["tokenizer.ggml.tokens"]
+    assert written["tokenizer.ggml.token_type"] == [*metadata["tokenizer.ggml.token_type"].tolist(), 5]
+    arrays = {f"tokenizer.ggml.{key}": np.array(written[f"tokenizer.ggml.{key}"]) for key in ("scores", "token_type")}
+    after = Tokenizer(read_tokenizer(written | arrays, "b"))
+    for text in TEXTS:
+        assert after.encode(text) == before.encode(text), text
+        assert after.decode(after.encode(text)) == text
+
+
+def test_metaspace_is_sentencepiece_too(tmp_path):
+    """How transformers 5 writes Llama's tokenizer."""
+    Tokenizer(read_tokenizer(sentencepiece(), "a")).save(tmp_path)
+    values = json.loads((tmp_path / "tokenizer.json").read_text())
+    values["normalizer"] = None
+    values["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    written = tokenizer_metadata(tmp_path, 400)
+    assert (written["tokenizer.ggml.model"], written["tokenizer.ggml.add_space_prefix"]) == ("llama", True)
+    values["pre_tokenizer"]["split"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(UnsupportedError, match=r"neither byte-level BPE nor SentencePiece's; export .* --no-tokenizer"):
+        tokenizer_metadata(tmp_path, 400)
+
+
 @pytest.mark.parametrize(
     ("metadata", "error", "words"),
     [
@@ -247,11 +279,17 @@ def llama_cpp_ids(path, texts):
 
 @pytest.mark.heavy
 @pytest.mark.skipif(find_spec("llama_cpp") is None, reason="pip install 'moekit[peers]', as `make test-all` does")
-@pytest.mark.parametrize("cut", [*CUTS, "dbrx", "starcoder", "stablelm2", "llama3", "sentencepiece"])
+@pytest.mark.parametrize(
+    "cut", [*CUTS, "dbrx", "starcoder", "stablelm2", "llama3", "sentencepiece", "sentencepiece, written"]
+)
 def test_llama_cpp_makes_the_same_tokens(samples, tmp_path, cut):
-    metadata = sentencepiece() if cut == "sentencepiece" else dict(GGUFFile(samples / SAMPLE).metadata)
-    if cut != "sentencepiece":
-        metadata |= {"tokenizer.ggml.pre": cut}
+    if cut == "sentencepiece":
+        metadata = sentencepiece()
+    elif cut == "sentencepiece, written":
+        Tokenizer(read_tokenizer(sentencepiece(), "a")).save(tmp_path)
+        metadata = tokenizer_metadata(tmp_path, len(sentencepiece()["tokenizer.ggml.tokens"]))
+    else:
+        metadata = GGUFFile(samples / SAMPLE).metadata | {"tokenizer.ggml.pre": cut}
     kept = {key: value for key, value in metadata.items() if key.startswith("tokenizer.ggml.")}
     kept = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in kept.items()}
     decoder = random_decoder("llama", vocab_size=len(kept["tokenizer.ggml.tokens"]), bos_token_id=1, eos_token_ids=(2,))
