@@ -21,6 +21,7 @@ from tolerances import near, rel
 
 pytestmark = [
     pytest.mark.heavy,
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(find_spec("llama_cpp") is None, reason="pip install 'moekit[peers]', as `make test-all` does"),
 ]
 
