@@ -58,15 +58,16 @@ def parameters(config: ModelConfig) -> ParameterCount:
     """
     layers, moe_layers, moe = config.num_hidden_layers, len(config.moe_layers), config.moe
     embedding = config.vocab_size * config.hidden_size
+    positions = config.max_position_embeddings * config.hidden_size if config.positions == "learned" else 0
     parts = {
-        "embedding": embedding,
+        "embedding": embedding + positions,
         "attention": layers * _attention(config),
-        "mlp": (layers - moe_layers) * 3 * config.hidden_size * config.intermediate_size,
+        "mlp": (layers - moe_layers) * _mlp(config),
         "router": moe_layers * _router(moe) if moe else 0,
         "experts": moe_layers * _experts(moe) if moe else 0,
         "shared": moe_layers * _shared(moe) if moe else 0,
         "norms": _norms(config),
-        "head": 0 if config.tie_word_embeddings else embedding,
+        "head": 0 if config.tie_word_embeddings else embedding + config.head_bias * config.vocab_size,
     }
     active_experts = round(moe_layers * _experts(moe) * moe.options.mean_k(moe.top_k) / moe.num_experts) if moe else 0
     return ParameterCount(parts, {**parts, "experts": active_experts})
@@ -100,8 +101,17 @@ def _attention(config: ModelConfig) -> int:
     """One layer's four projections, with their biases if they have any."""
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    bias = queries + 2 * keys + config.hidden_size if config.attention_bias else 0
-    return config.hidden_size * (2 * queries + 2 * keys) + bias
+    output_bias = config.hidden_size if config.attention.output_bias else 0
+    bias = queries + 2 * keys + output_bias if config.attention_bias else 0
+    sinks = config.num_attention_heads if config.attention.sinks else 0
+    return config.hidden_size * (2 * queries + 2 * keys) + bias + sinks
+
+
+def _mlp(config: ModelConfig) -> int:
+    """One dense MLP: (gate and) up and down, with their biases if they have any."""
+    inputs = 2 if config.mlp_gated else 1
+    bias = inputs * config.intermediate_size + config.hidden_size if config.mlp_bias else 0
+    return (inputs + 1) * config.hidden_size * config.intermediate_size + bias
 
 
 def _router(moe: MoEConfig) -> int:
@@ -131,6 +141,9 @@ def _shared(moe: MoEConfig) -> int:
 
 
 def _norms(config: ModelConfig) -> int:
-    """Two norms a layer and the last one; with qk_norm two more of one head's width."""
-    heads = 2 * config.head_dim if config.qk_norm else 0
-    return config.num_hidden_layers * (2 * config.hidden_size + heads) + config.hidden_size
+    """Two norms a layer and the last one; with qk_norm two more, of one head's width or of all heads'."""
+    queries, keys = config.num_attention_heads, config.num_key_value_heads
+    heads = 2 if config.attention.qk_norm_over == "head" else queries + keys
+    widths = (2 * config.num_hidden_layers + 1) * config.hidden_size
+    widths += config.num_hidden_layers * heads * config.head_dim if config.qk_norm else 0
+    return widths * (2 if config.norm_bias else 1)

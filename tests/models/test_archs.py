@@ -8,8 +8,6 @@ import subprocess
 import sys
 
 import pytest
-import transformers
-from twins import TWINS, twin
 
 from moekit.config import MoEConfig
 from moekit.errors import FileError, FormatError, UnknownNameError, UnsupportedError
@@ -25,6 +23,8 @@ LLAMA = {
     "max_position_embeddings": 64,
 }
 MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN2 = {**LLAMA, "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}
+GPT2 = {"model_type": "gpt2", "vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4}
 QWEN = {**LLAMA, "model_type": "qwen3_moe", "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 3}
 
 
@@ -35,21 +35,6 @@ def read(tmp_path):
         return read_config(tmp_path)
 
     return read
-
-
-@pytest.mark.parametrize("name", TWINS)
-def test_transformers_reads_back_what_we_write(name, tmp_path):
-    twin(name).config.save_pretrained(tmp_path / "theirs")
-    config = read_config(tmp_path / "theirs")
-    write_config(config, tmp_path / "ours", dtype="bfloat16")
-    theirs, ours = (transformers.AutoConfig.from_pretrained(tmp_path / who).to_dict() for who in ("theirs", "ours"))
-    # A sparse step is written as the layers it leaves dense.
-    different = {"dtype", "decoder_sparse_step", "mlp_only_layers", "head_dim", "_name_or_path", "architectures"}
-    assert {k: v for k, v in ours.items() if k not in different} == {
-        k: v for k, v in theirs.items() if k not in different
-    }
-    assert ours["architectures"] == [twin(name).__class__.__name__]
-    assert read_config(tmp_path / "ours" / "config.json") == config
 
 
 def test_missing_keys_mean_what_transformers_means_by_them(read):
@@ -86,16 +71,16 @@ def test_gate_orders_are_the_families_own(read):
 @pytest.mark.parametrize(
     ("base", "change", "words"),
     [
-        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling of type 'linear'"),
-        (LLAMA, {"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling of type 'llama3'"),
-        (LLAMA, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters of type 'yarn'"),
-        (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
-        (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-        (LLAMA, {"mlp_bias": True}, "mlp_bias true"),
-        (LLAMA, {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        (LLAMA, {"rope_scaling": {"type": "spiral", "factor": 2.0}}, "rope_scaling of type 'spiral'"),
+        (LLAMA, {"rope_parameters": {"rope_type": "mrope"}}, "rope_parameters of type 'mrope'"),
+        (MIXTRAL, {"mlp_bias": True}, "mlp_bias True is not supported in mixtral models"),
+        (LLAMA, {"clip_qkv": 8.0}, "clip_qkv 8.0 is not supported in llama models"),
+        (LLAMA, {"hidden_act": "elu"}, "hidden_act 'elu'"),
+        (LLAMA, {"hidden_act": ["silu"]}, "hidden_act"),
+        (LLAMA, {"rope_scaling": {"type": ["linear"]}}, "rope_scaling of type"),
         (LLAMA, {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-        (MIXTRAL, {"sliding_window": 32}, "sliding_window of 32 below 64"),
-        (QWEN, {"sliding_window": 32, "use_sliding_window": True}, "sliding_window of 32 below 64"),
+        (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
+        (QWEN2, {"layer_types": ["full_attention", "chunked_attention"]}, "a layer of type 'chunked_attention'"),
     ],
 )
 def test_what_the_decoder_would_compute_wrongly_is_refused(read, base, change, words):
@@ -110,6 +95,7 @@ def test_what_the_decoder_would_compute_wrongly_is_refused(read, base, change, w
         (LLAMA, {"sliding_window": 8}),
         (MIXTRAL, {"sliding_window": 64}),
         (QWEN, {"sliding_window": 32, "use_sliding_window": False}),
+        (LLAMA, {"mlp_bias": False, "clip_qkv": None, "first_k_dense_replace": 0}),
     ],
 )
 def test_what_changes_nothing_is_accepted(read, base, change):
@@ -126,6 +112,13 @@ def test_what_changes_nothing_is_accepted(read, base, change):
         (LLAMA, {"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false"),
         (LLAMA, {"eos_token_id": ["a"]}, "eos_token_id must be a token id"),
         (LLAMA, {"rope_parameters": 3}, "rope_parameters must be an object"),
+        (LLAMA, {"rope_scaling": {"type": "linear"}}, "the key 'factor' is missing"),
+        (LLAMA, {"rope_scaling": {"type": "longrope", "short_factor": 1}}, "short_factor must be a list of numbers"),
+        (LLAMA, {"partial_rotary_factor": 0.4}, "dims must be even, not 3"),
+        (LLAMA, {"partial_rotary_factor": float("inf")}, "partial_rotary_factor must lie in"),
+        (LLAMA, {"rope_scaling": {"type": "yarn", "factor": 0.0}}, "factor must be above 0, not 0.0"),
+        (LLAMA, {"rope_scaling": {"type": "yarn"}, "original_max_position_embeddings": "x"}, "must be a whole number"),
+        (QWEN2, {"layer_types": ["full_attention"]}, "layer_types must be a list of 2 kinds"),
         (LLAMA, {"num_attention_heads": 0}, "num_attention_heads must be a whole number of at least 1"),
         (LLAMA, {"num_hidden_layers": 10**9}, "num_hidden_layers must be at most"),
         (LLAMA, {"hidden_size": 10**12}, "hidden_size is 1000000000000, which no model has"),
@@ -140,10 +133,27 @@ def test_bad_values_name_the_key_and_the_file(read, base, change, words):
 
 
 def test_unknown_family_names_the_choices(read):
-    with pytest.raises(UnknownNameError, match=r"'bert'; choose from: llama, mixtral, qwen3_moe"):
+    with pytest.raises(UnknownNameError, match=r"'bert'; choose from: .*gpt2, .*llama, .*mixtral"):
         read(LLAMA, model_type="bert")
     with pytest.raises(UnknownNameError, match="choose from"):
         read({})
+
+
+def test_positions_under_the_names_of_old_and_new_files(read):
+    old = read(LLAMA, rope_theta=5e5, rope_scaling={"type": "yarn", "factor": 2.0}, partial_rotary_factor=0.5)
+    nested = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 2.0, "partial_rotary_factor": 0.5}
+    assert old == read(LLAMA, rope_parameters=nested)
+    assert (old.rope.dims, old.rope.scaling.original_max_position_embeddings) == (4, 64)
+    outside = read(LLAMA, rope_parameters=nested, original_max_position_embeddings=16)
+    assert outside.rope.scaling.original_max_position_embeddings == 16
+
+
+def test_windows_are_read_where_the_family_has_them(read):
+    assert read({**LLAMA, "model_type": "mistral"}).attention.window is None  # 4096, and no text is as long
+    assert read({**LLAMA, "model_type": "mistral"}, sliding_window=8).attention.window == 8
+    assert read(QWEN2, layer_types=["full_attention", "sliding_attention"]).attention.window_layers == (1,)
+    assert read(QWEN2, max_window_layers=0).attention.window_layers is None
+    assert read(QWEN2, max_window_layers=2).attention.window is None
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", '{"a": 1, "a": 2}', '{"a": ' + "[" * 100_000])

@@ -31,14 +31,7 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, **near("fp32 twin"))
 
 
-def test_logits_equal_those_of_transformers(pair):
-    ours, theirs = pair
-    ids = tokens(3, 17)
-    with torch.no_grad():
-        close(ours(ids).logits, theirs(ids).logits)
-
-
-@pytest.mark.parametrize("cuts", [(1,) * 12, (5, 1, 1, 5), (12,)])
+@pytest.mark.parametrize("cuts", [(5, 1, 1, 5), (12,)])
 def test_cached_decode_equals_one_full_pass_of_transformers(pair, cuts):
     ours, theirs = pair
     ids = tokens(2, 12)
@@ -125,32 +118,6 @@ def test_recomputing_follows_the_recorded_routes(decoder, checkpointing, monkeyp
     for (used, fresh), recorded in zip(reversed(seen), forward, strict=True):
         assert torch.equal(used, recorded)
         assert not torch.equal(fresh, recorded)
-
-
-@pytest.mark.parametrize("pair", ["mixtral", "qwen3_moe", "qwen3_moe not normalised, every second"], indirect=True)
-def test_gradients_of_a_step_equal_those_of_transformers(pair, tmp_path):
-    """Compared through files: ours are written under transformers' names."""
-    from safetensors.torch import load_file
-
-    from moekit.models import save_decoder
-
-    ours, theirs = pair
-    ids = tokens(2, 13)
-    theirs(ids, labels=ids).loss.backward()
-    grads = gradients(ours, ids)
-    with torch.no_grad():
-        for name, parameter in ours.named_parameters():
-            parameter.copy_(grads[name])
-        for parameter in theirs.parameters():
-            parameter.copy_(parameter.grad)
-    save_decoder(ours, tmp_path / "ours")
-    theirs.save_pretrained(tmp_path / "theirs")
-    actual, expected = (load_file(tmp_path / who / "model.safetensors") for who in ("ours", "theirs"))
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(
-            actual[name], expected[name], **near("fp32 model"), msg=lambda m, n=name: f"{n}: {m}"
-        )
 
 
 def test_bad_input_is_named(decoder):

@@ -28,7 +28,8 @@ from moekit.models.decoder import Decoder
 from moekit.models.keys import PACKED_METHOD
 from moekit.models.safetensors_file import SafetensorsFile, write_safetensors
 from moekit.models.tokenizer import Tokenizer
-from moekit.models.weights import PACKED_WEIGHTS, empty_decoder, remove_stale
+from moekit.models.weights import PACKED_WEIGHTS, empty_decoder
+from moekit.models.weights_write import remove_stale
 
 __all__ = ["load_packed", "packed_formats", "save_packed"]
 

@@ -37,8 +37,9 @@ def upcycled_config(dense: ModelConfig, config: UpcycleConfig) -> ModelConfig:
     if dense.moe is not None:
         raise UnsupportedError(f"the model is a Mixture of Experts already (arch {dense.arch}); upcycle a dense one")
     arch = MOE_ARCH.get(dense.arch)
-    if arch is None or (arch == "mixtral" and dense.attention_bias):
-        bias = " with attention biases" if dense.attention_bias else ""
+    biased = dense.mlp_bias or (arch == "mixtral" and dense.attention_bias)
+    if arch is None or biased:
+        bias = " with biases" if biased else ""
         raise UnsupportedError(f"no MoE family is known for {dense.arch!r}{bias}; known: {', '.join(MOE_ARCH)}")
     moe = _named_for(arch, config).layer(hidden_size=dense.hidden_size, intermediate_size=dense.intermediate_size)
     return dataclasses.replace(

@@ -20,7 +20,8 @@ from moekit.errors import FileError
 from moekit.models.decoder import Decoder
 from moekit.models.gguf_file import GGUFFile
 from moekit.models.gguf_write import GGUFType, write_gguf
-from moekit.models.weights import load_decoder, save_decoder
+from moekit.models.weights import load_decoder
+from moekit.models.weights_write import save_decoder
 
 __all__ = ["FAST", "FULL", "ModelFiles", "bytes_of_file", "bytes_of_token", "flops_of_prompt"]
 

@@ -5,6 +5,16 @@ The command line builds its flags from these classes. Each `__post_init__` raise
 """
 
 from moekit.config.adapt import SurgeryConfig, UpcycleConfig
+from moekit.config.attention import (
+    AttentionConfig,
+    DynamicRope,
+    LinearRope,
+    Llama3Rope,
+    LongRope,
+    RopeConfig,
+    RopeScaling,
+    YarnRope,
+)
 from moekit.config.base import from_dict
 from moekit.config.model import ModelConfig
 from moekit.config.moe import Activation, CapacityConfig, ExpertGroup, MoEConfig
@@ -30,9 +40,11 @@ from moekit.config.train import Autocast, DataConfig, TrainConfig
 __all__ = [
     "ROUTER_OPTIONS",
     "Activation",
+    "AttentionConfig",
     "Autocast",
     "CapacityConfig",
     "DataConfig",
+    "DynamicRope",
     "ExpertChoiceOptions",
     "ExpertGroup",
     "GShardOptions",
@@ -41,9 +53,14 @@ __all__ = [
     "GumbelOptions",
     "HashOptions",
     "HierarchicalOptions",
+    "LinearRope",
+    "Llama3Rope",
+    "LongRope",
     "MoEConfig",
     "ModelConfig",
     "NoisyTopKOptions",
+    "RopeConfig",
+    "RopeScaling",
     "RouterOptions",
     "SamplingConfig",
     "SigmoidOptions",
@@ -53,5 +70,6 @@ __all__ = [
     "TopPOptions",
     "TrainConfig",
     "UpcycleConfig",
+    "YarnRope",
     "from_dict",
 ]

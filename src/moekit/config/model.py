@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
-from moekit.config.base import check, positive
-from moekit.config.moe import MoEConfig
+from moekit.config.attention import AttentionConfig, RopeConfig
+from moekit.config.base import check, choice, positive
+from moekit.config.moe import ACTIVATIONS, Activation, MoEConfig
 
 __all__ = ["ModelConfig"]
 
@@ -26,11 +28,37 @@ class ModelConfig:
     head_dim: int
     max_position_embeddings: int
     rope_theta: float = 10_000.0
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    """Rotary positions where they are not the plain ones."""
+    positions: Literal["rope", "learned"] = "rope"
+    """Rotary, or a learned vector a position added to the embedding (GPT-2)."""
+    norm: Literal["rms", "layer"] = "rms"
+    """RMSNorm or LayerNorm, everywhere."""
+    norm_bias: bool = False
+    """The LayerNorms have a bias."""
     rms_norm_eps: float = 1e-6
+    """What either kind of norm adds to the mean square."""
     tie_word_embeddings: bool = False
     qk_norm: bool = False
-    """RMSNorm on each head's query and key (Qwen3)."""
+    """RMSNorm on queries and keys before they are rotated (Qwen3)."""
     attention_bias: bool = False
+    """The projections of attention have biases."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    """What the family's attention has beside that."""
+    activation: Activation = "silu"
+    """Non-linearity of the dense MLPs."""
+    mlp_gated: bool = True
+    """The dense MLPs are down · (act(gate · x) ⊙ up · x); else down · act(up · x) (GPT-2)."""
+    mlp_bias: bool = False
+    """The projections of the dense MLPs have biases."""
+    embedding_multiplier: float = 1.0
+    """What embeddings are multiplied by on their way in (Granite, Grok-1)."""
+    residual_multiplier: float = 1.0
+    """What attention and MLP are multiplied by before they are added to the stream (Granite)."""
+    logits_multiplier: float = 1.0
+    """What the logits are multiplied by (Granite: 1 / logits_scaling; Grok-1)."""
+    head_bias: bool = False
+    """The head has a bias (Phi-3.5-MoE)."""
     moe: MoEConfig | None = None
     """The MoE layer; None makes a dense model."""
     dense_layers: tuple[int, ...] = ()
@@ -49,7 +77,7 @@ class ModelConfig:
             f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
             f"num_key_value_heads ({self.num_key_value_heads})",
         )
-        check(self.head_dim % 2 == 0, f"head_dim must be even for rotary embeddings, not {self.head_dim}")
+        self._check_choices()
         check(self.rope_theta > 0, f"rope_theta must be above 0, not {self.rope_theta}")
         if self.moe is not None:
             check(
@@ -63,6 +91,21 @@ class ModelConfig:
             )
         for layer in self.dense_layers:
             check(0 <= layer < self.num_hidden_layers, f"dense_layers names layer {layer}, which does not exist")
+
+    def _check_choices(self) -> None:
+        choice(self, "positions", ("rope", "learned"))
+        choice(self, "norm", ("rms", "layer"))
+        choice(self, "activation", ACTIVATIONS)
+        even = self.positions == "learned" or self.head_dim % 2 == 0
+        check(even, f"head_dim must be even for rotary embeddings, not {self.head_dim}")
+        check(
+            self.rope.dims is None or self.rope.dims <= self.head_dim,
+            f"rope.dims must be at most head_dim ({self.head_dim}), not {self.rope.dims}",
+        )
+        check(not self.norm_bias or self.norm == "layer", "norm_bias needs norm layer: an RMSNorm has none")
+        check(not (self.head_bias and self.tie_word_embeddings), "a tied head has no bias")
+        for name in ("embedding_multiplier", "residual_multiplier", "logits_multiplier"):
+            check(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer number `layer` (from 0) holds an MoE instead of a dense MLP."""

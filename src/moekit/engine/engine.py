@@ -23,7 +23,8 @@ from moekit.errors import ConfigError, ContextLengthError, MoekitError, Unsuppor
 from moekit.models.archs import is_packed
 from moekit.models.decoder import Decoder, DecoderOutput
 from moekit.models.tokenizer import Message, Tokenizer, load_tokenizer
-from moekit.models.weights import load_decoder, save_decoder
+from moekit.models.weights import load_decoder
+from moekit.models.weights_write import save_decoder
 from moekit.registry import Registry
 
 __all__ = ["Model", "Prompt", "load"]

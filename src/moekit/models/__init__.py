@@ -9,8 +9,8 @@ import importlib
 from typing import Any
 
 _HOME = {
-    "ARCHS": "archs",
-    "Arch": "archs",
+    "ARCHS": "families",
+    "Arch": "families",
     "Decoder": "decoder",
     "DecoderOutput": "decoder",
     "Features": "decoder",
@@ -23,7 +23,7 @@ _HOME = {
     "load_decoder": "weights",
     "load_tokenizer": "tokenizer",
     "read_config": "archs",
-    "save_decoder": "weights",
+    "save_decoder": "weights_write",
     "tokenizer_metadata": "gguf_tokenizer",
     "write_config": "archs",
     "write_gguf": "gguf_write",

@@ -21,8 +21,9 @@ from moekit.kernels import linear
 from moekit.kernels.formats import Packed
 from moekit.kernels.quant import quant_linear
 from moekit.models.attention import Attention, AttentionInput, attention_mask
-from moekit.models.blocks import DenseMLP, RMSNorm, rotary_angles
+from moekit.models.blocks import DenseMLP, norm
 from moekit.models.cache import KVCache
+from moekit.models.rope import rotary_factors
 from moekit.models.steps import DecoderSteps, Token, obstacle
 from moekit.moe import Linear, MoE, Routing, RoutingRecord
 from moekit.moe.replay import is_bound
@@ -32,7 +33,7 @@ __all__ = ["Block", "Decoder", "DecoderOutput", "Features"]
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Hidden states (B, L, D) after the last norm, and one routing an MoE layer, in layer order."""
+    """Hidden states (B, L, D) as the head takes them, and one routing an MoE layer, in layer order."""
 
     hidden_BLD: Tensor
     routings: tuple[Routing, ...]
@@ -47,29 +48,51 @@ class DecoderOutput:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), where the mlp is dense or an MoE."""
+    """x + m·attention(norm(x)), then x + m·mlp(norm(x)); the mlp is dense or an MoE, m is 1 in most families."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn_norm = norm(config)
         self.attn = Attention(config, layer)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp_norm = norm(config)
+        self.multiplier = config.residual_multiplier
         moe = config.moe if config.is_moe_layer(layer) else None
-        self.mlp = MoE(moe.for_layer(layer)) if moe else DenseMLP(config.hidden_size, config.intermediate_size)
+        self.mlp = MoE(moe.for_layer(layer)) if moe else _dense(config)
 
     def forward(
         self, x_BLD: Tensor, inputs: AttentionInput, recompute_moe: bool = False
     ) -> tuple[Tensor, Routing | None]:
         """Returns the new hidden states and, for an MoE block, its routing."""
-        x_BLD = x_BLD + self.attn(self.attn_norm(x_BLD), inputs)
-        h_BLD = self.mlp_norm(x_BLD)
+        x_BLD = self.after_attention(x_BLD, self.attn(self.attn_norm(x_BLD), inputs))
+        h_BLD, routing = self.mlp_norm(x_BLD), None
         if not isinstance(self.mlp, MoE):
-            return x_BLD + self.mlp(h_BLD), None
-        if recompute_moe:
+            y_BLD = self.mlp(h_BLD)
+        elif recompute_moe:
             y_BLD, routing = recomputed(self.mlp, h_BLD, inputs.mask_BL, inputs.ids_BL)
         else:
             y_BLD, routing = self.mlp(h_BLD, inputs.mask_BL, inputs.ids_BL)
-        return x_BLD + y_BLD, routing
+        return self.after_mlp(x_BLD, y_BLD), routing
+
+    def after_attention(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
+        """The stream x after attention gave y."""
+        return x_BLD + self._scaled(y_BLD)
+
+    def after_mlp(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
+        """The stream x after the MLP gave y."""
+        return x_BLD + self._scaled(y_BLD)
+
+    def _scaled(self, y_BLD: Tensor) -> Tensor:
+        return y_BLD if self.multiplier == 1.0 else y_BLD * self.multiplier
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether what attention and MLP give is added to the stream as it is."""
+        return self.multiplier == 1.0
+
+
+def _dense(config: ModelConfig) -> DenseMLP:
+    sizes, gated = (config.hidden_size, config.intermediate_size), config.mlp_gated
+    return DenseMLP(*sizes, config.activation, gated=gated, bias=config.mlp_bias)
 
 
 def recomputed(module: nn.Module, *args: object) -> tuple[Tensor, Routing | None]:
@@ -91,12 +114,18 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        learned = config.positions == "learned"
+        self.positions = (
+            nn.Parameter(torch.empty(config.max_position_embeddings, config.hidden_size)) if learned else None
+        )
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = norm(config)
         tied = config.tie_word_embeddings
-        self.head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = None if tied else Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         self._steps = DecoderSteps()
         self.apply(_initialise)
+        if self.positions is not None:
+            nn.init.normal_(self.positions, std=0.02)
 
     def forward(
         self,
@@ -136,14 +165,26 @@ class Decoder(nn.Module):
         """
         self._check(input_ids, cache, document_ids, mask)
         inputs = partial(self._inputs, input_ids, cache, document_ids, mask)
-        x_BLD = self.embed(input_ids)
+        x_BLD = self._embedded(input_ids, cache, document_ids)
         if obstacle(input_ids, cache, x_BLD.dtype) is None:
             assert cache is not None
             return self._steps_of([Token(x_BLD, cache, inputs)])[0]
         x_BLD, routings = self._through_modules(x_BLD, inputs(), checkpointing)
         if cache is not None:
             cache.advance(input_ids.shape[1])
-        return Features(self.norm(x_BLD), routings)
+        return Features(self._normed(x_BLD), routings)
+
+    def _embedded(self, input_ids: Tensor, cache: KVCache | None, document_ids: Tensor | None) -> Tensor:
+        x_BLD: Tensor = self.embed(input_ids)
+        if self.config.embedding_multiplier != 1.0:
+            x_BLD = x_BLD * self.config.embedding_multiplier
+        if self.positions is not None:
+            x_BLD = x_BLD + self.positions[_positions(input_ids, cache.length if cache else 0, document_ids)]
+        return x_BLD
+
+    def _normed(self, x_BLD: Tensor) -> Tensor:
+        hidden_BLD: Tensor = self.norm(x_BLD)
+        return hidden_BLD if self.config.logits_multiplier == 1.0 else hidden_BLD * self.config.logits_multiplier
 
     def forward_each(self, tokens: Sequence[int], caches: Sequence[KVCache]) -> list[DecoderOutput]:
         """One new token (logits 1, 1, V) of each of several sequences of any lengths, each after its own cache.
@@ -157,7 +198,7 @@ class Decoder(nn.Module):
         """
         ids = [torch.tensor([[token]], device=self.device) for token in tokens]
         pairs = list(zip(ids, caches, strict=True))
-        x_BLDs = [self.embed(each) for each in ids]
+        x_BLDs = [self._embedded(each, cache, None) for each, cache in pairs]
         if is_bound() or any(obstacle(each, cache, x_BLDs[0].dtype) for each, cache in pairs):
             return [self(each, cache=cache, last_only=True) for each, cache in pairs]
         for each, cache in pairs:
@@ -170,7 +211,7 @@ class Decoder(nn.Module):
         self._steps.run(self.layers, tokens, self.config)
         for token in tokens:
             token.cache.advance(1)
-        return [Features(self.norm(token.as_module_takes_it()), tuple(token.routings)) for token in tokens]
+        return [Features(self._normed(token.as_module_takes_it()), tuple(token.routings)) for token in tokens]
 
     def _through_modules(
         self, x_BLD: Tensor, inputs: AttentionInput, checkpointing: str
@@ -191,6 +232,9 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: (..., D) → (..., V)."""
+        if self.head is not None:
+            logits: Tensor = self.head(hidden)
+            return logits
         packed = self.head_packed
         return linear(hidden, self.head_weight) if packed is None else quant_linear(hidden, packed)
 
@@ -199,10 +243,12 @@ class Decoder(nn.Module):
         """(V, D): the head's matrix, which is the embedding's when they are tied.
 
         Raises:
-            UnsupportedError: it is quantised.
+            UnsupportedError: it is quantised, or has a bias.
         """
         if self.head_packed is not None:
             raise UnsupportedError("the head is quantised: training needs the unquantised model")
+        if self.head is not None and self.head.bias is not None:
+            raise UnsupportedError("the head has a bias, which the training loss does not know")
         return self.embed.weight if self.head is None else self.head.weight
 
     @property
@@ -244,9 +290,11 @@ class Decoder(nn.Module):
         self, input_ids: Tensor, cache: KVCache | None, document_ids: Tensor | None, mask: Tensor | None
     ) -> AttentionInput:
         past, length = (cache.length if cache else 0), input_ids.shape[1]
-        cos, sin = rotary_angles(_positions(input_ids, past, document_ids), self.config)
-        allowed = attention_mask(length, past, document_ids, mask)
-        return AttentionInput(cos, sin, allowed, mask, cache, input_ids)
+        rope = self.config.positions == "rope"
+        rotary = rotary_factors(_positions(input_ids, past, document_ids), self.config) if rope else None
+        windows = {self.config.attention.window_of(layer) for layer in range(self.config.num_hidden_layers)}
+        allowed = {window: attention_mask(length, past, document_ids, mask, window) for window in windows}
+        return AttentionInput(rotary, allowed, mask, cache, input_ids)
 
 
 def _positions(input_ids: Tensor, past: int, document_ids: Tensor | None) -> Tensor:

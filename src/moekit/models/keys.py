@@ -6,17 +6,18 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from moekit.config import ModelConfig, MoEConfig
+from moekit.config import Activation, AttentionConfig, ModelConfig, MoEConfig
 from moekit.errors import FormatError, UnsupportedError, shown
 
 __all__ = [
+    "ACTIVATION_NAMES",
     "PACKED_METHOD",
     "PUBLISHED_METHODS",
     "Keys",
     "packed_by_us",
     "quant_method",
     "refuse_inexpressible",
-    "refuse_unsupported",
+    "refuse_unread",
     "unsupported",
 ]
 
@@ -30,14 +31,24 @@ PUBLISHED_METHODS = ("fp8", "mxfp4")
 class Keys:
     """A configuration file's keys, typed: what is missing or of the wrong kind is named with the file."""
 
-    def __init__(self, values: Mapping[str, Any], source: str, defaults: Mapping[str, Any] | None = None) -> None:
-        self.values, self.source, self.defaults = values, source, defaults or {}
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        source: str,
+        defaults: Mapping[str, Any] | None = None,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        """`names` are what this file calls the keys that are asked for; `defaults` go by the file's own names."""
+        self.values, self.source, self.defaults, self.names = values, source, defaults or {}, names or {}
+        self.asked: set[str] = set()
 
     def has(self, key: str) -> bool:
-        return self.values.get(key) is not None
+        return self.optional(key) is not None
 
     def optional(self, key: str) -> Any:
         """The value as it stands, or its default, or None."""
+        key = self.names.get(key, key)
+        self.asked.add(key)
         return self.values[key] if key in self.values else self.defaults.get(key)
 
     def whole(self, key: str, otherwise: int | None = None) -> int:
@@ -54,6 +65,20 @@ class Keys:
 
     def flag(self, key: str) -> bool:
         return bool(self._typed(key, bool, "true or false", False))
+
+    def reals(self, key: str) -> tuple[float, ...]:
+        """A list of numbers."""
+        values = self._typed(key, list, "a list of numbers", None)
+        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+            raise FormatError(f"{self.source}: {key} must be a list of numbers, not {shown(values)}")
+        return tuple(map(float, values))
+
+    def activation(self, key: str = "hidden_act") -> Activation:
+        """The non-linearity; silu where there is none."""
+        name = self.optional(key) or "silu"
+        known = isinstance(name, str) and name in _ACTIVATIONS
+        unsupported(self, not known, f"{key} {shown(name)}", ", ".join(_ACTIVATIONS))
+        return _ACTIVATIONS[name]
 
     def token(self, key: str) -> int | None:
         tokens = self.tokens(key)
@@ -77,27 +102,74 @@ class Keys:
         return value
 
 
-def refuse_unsupported(keys: Keys) -> None:
-    """Stop at what the decoder does not do and would therefore compute wrongly."""
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = keys.optional(name) or {}
-        if not isinstance(rope, Mapping):
-            raise FormatError(f"{keys.source}: {name} must be an object, not {shown(rope)}")
-        kind = rope.get("rope_type") or rope.get("type") or "default"
-        unsupported(keys, kind != "default", f"{name} of type {shown(kind)}", "plain rotary positions ('default')")
-        partial = rope.get("partial_rotary_factor") or keys.optional("partial_rotary_factor") or 1.0
-        unsupported(keys, partial != 1.0, f"partial_rotary_factor {shown(partial)}", "rotation of whole heads (1.0)")
-    activation = keys.optional("hidden_act") or "silu"
-    unsupported(keys, activation != "silu", f"hidden_act {shown(activation)}", "'silu'")
-    unsupported(keys, keys.flag("mlp_bias"), "mlp_bias true", "MLPs without biases")
+ACTIVATION_NAMES: dict[Activation, str] = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_new",
+    "relu": "relu",
+}
+"""What config.json calls each activation."""
+_ACTIVATIONS: dict[str, Activation] = {
+    **{theirs: ours for ours, theirs in ACTIVATION_NAMES.items()},
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+_ESSENTIAL: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False,),
+    "alibi": (False,),
+    "attention_bias": (False,),
+    "attention_multiplier": (),
+    "attn_logit_softcapping": (),
+    "clip_qkv": (),
+    "embedding_multiplier": (1.0,),
+    "final_logit_softcapping": (),
+    "first_k_dense_replace": (0,),
+    "kv_lora_rank": (),
+    "layer_types": (),
+    "lm_head_bias": (False,),
+    "logits_scaling": (1.0,),
+    "mlp_bias": (False,),
+    "moe_layer_freq": (1,),
+    "n_group": (1,),
+    "n_shared_experts": (0,),
+    "no_rope_layers": (),
+    "num_shared_experts": (0,),
+    "parallel_attn": (False,),
+    "partial_rotary_factor": (1.0,),
+    "position_embedding_type": ("rope", "rotary", "absolute"),
+    "q_lora_rank": (),
+    "qk_layernorm": (False,),
+    "qkv_bias": (False,),
+    "query_pre_attn_scalar": (),
+    "residual_multiplier": (1.0,),
+    "routed_scaling_factor": (1.0,),
+    "rope_interleave": (False,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "scale_attn_weights": (True,),
+    "scoring_func": ("softmax",),
+    "shared_expert_intermediate_size": (0,),
+    "shared_intermediate_size": (0,),
+    "topk_method": ("greedy",),
+    "use_bias": (False,),
+    "use_qk_norm": (False,),
+    "zero_expert_num": (0,),
+}
+"""Keys that change what a model computes, and the values with which they do not (null never does). A family that has
+one reads it; a file of another family that has it anyway would be computed wrongly."""
+
+
+def refuse_unread(keys: Keys) -> None:
+    """Stop at what the family's row did not ask for and the model would therefore be computed without."""
+    for key, harmless in _ESSENTIAL.items():
+        value = keys.values.get(key)
+        if value is not None and key not in keys.asked and value not in harmless:
+            family = keys.values.get("model_type")
+            raise UnsupportedError(f"{keys.source}: {key} {shown(value)} is not supported in {family} models")
     method = quant_method(keys.values)
     known = method in (None, PACKED_METHOD, *PUBLISHED_METHODS)
     readable = f"plain floats, {', '.join(PUBLISHED_METHODS)} and what `moekit pack` writes"
     unsupported(keys, not known, f"a quantization_config of quant_method {shown(method)}", readable)
-    if keys.has("sliding_window") and keys.flag("use_sliding_window"):
-        window, longest = keys.whole("sliding_window"), keys.whole("max_position_embeddings")
-        short = window < longest
-        unsupported(keys, short, f"a sliding_window of {window} below {longest} positions", "attention to all of them")
 
 
 def packed_by_us(values: Mapping[str, Any]) -> bool:
@@ -130,8 +202,12 @@ def refuse_inexpressible(
 
 
 def _fields(config: ModelConfig) -> dict[str, Any]:
-    """Every field that changes what the model computes, the MoE's as moe.<name>."""
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "moe"}
+    """Every field that changes what the model computes, those of parts as moe.<name>, attention.<name>, rope.<name>."""
+    parts = ("moe", "attention", "rope")
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in parts}
+    for part in (config.attention, config.rope):
+        prefix = "attention" if isinstance(part, AttentionConfig) else "rope"
+        values |= {f"{prefix}.{f.name}": getattr(part, f.name) for f in dataclasses.fields(part)}
     for f in dataclasses.fields(MoEConfig):
         if f.name != "router_init_scale":
             values[f"moe.{f.name}"] = getattr(config.moe, f.name, None)

@@ -5,8 +5,8 @@ Names and numbers only: torch is never imported here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from moekit.config import ModelConfig, MoEConfig
 from moekit.errors import UnsupportedError
@@ -14,13 +14,16 @@ from moekit.errors import UnsupportedError
 __all__ = [
     "HF_ATTENTION",
     "HF_DENSE",
+    "HF_EXPERTS",
     "HF_FUSED",
     "HF_OUTER",
+    "HF_PREFIX",
     "LLAMA_GGUF",
     "MIXTRAL_GGUF",
     "QWEN3_MOE_GGUF",
     "Layout",
     "Piece",
+    "stored_shape",
 ]
 
 
@@ -31,12 +34,16 @@ class Piece:
     Attributes:
         name: on disk.
         index: what to index our parameter with; () is all of it.
+        stored: what to index the tensor on disk with, slices with both ends; () is all of it.
+        transposed: the part on disk is the transpose of ours.
         where: for messages, "expert 3 of layer 0" or "".
         rotary_heads: when not 0, the rows come interleaved for this many heads (GGUF's llama).
     """
 
     name: str
     index: tuple[int | slice, ...] = ()
+    stored: tuple[slice, ...] = ()
+    transposed: bool = False
     where: str = ""
     rotary_heads: int = 0
 
@@ -53,6 +60,10 @@ class Layout:
         fused: the same parameters' names where a file holds them fused.
         stacked: fused parameters to the tensors of all experts that their rows are made of, in order.
         interleaved: parameters whose rows are stored interleaved for rotary positions.
+        joined: parameters of a layer to the pieces they are made of, for tensors that are stored together, transposed
+            or otherwise cut; names without the prefix.
+        base: a prefix that every name has here, and that a file may lack altogether.
+        ignored: patterns of names that a file may have and the model does not use.
     """
 
     outer: Mapping[str, str]
@@ -62,6 +73,9 @@ class Layout:
     fused: Mapping[str, str] = field(default_factory=dict)
     stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     interleaved: Mapping[str, str] = field(default_factory=dict)
+    joined: Mapping[str, Callable[[ModelConfig], Iterable[Piece]]] = field(default_factory=dict)
+    base: str = ""
+    ignored: tuple[str, ...] = ()
 
     def pieces(self, name: str, config: ModelConfig, *, fused: bool = False) -> Iterator[Piece]:
         """What our parameter `name` is made of on disk; with `fused`, experts in one tensor.
@@ -76,6 +90,9 @@ class Layout:
         prefix = self.prefix.format(i=layer)
         if inner in self.experts and config.moe is not None and not fused:
             yield from self._experts(prefix, layer, inner, config.moe)
+        elif inner in self.joined:
+            for piece in self.joined[inner](config):
+                yield replace(piece, name=prefix + piece.name, where=piece.where and f"{piece.where} of layer {layer}")
         elif inner in self.stacked and config.moe is not None:
             for part, rows in _parts(self.stacked[inner], config.moe.intermediate_size):
                 yield Piece(prefix + part, (slice(None), *rows) if rows else ())
@@ -93,7 +110,15 @@ class Layout:
     def _experts(self, prefix: str, layer: str, inner: str, moe: MoEConfig) -> Iterator[Piece]:
         for expert in range(moe.num_experts):
             for part, rows in _parts(self.experts[inner], moe.intermediate_size):
-                yield Piece(prefix + part.format(e=expert), (expert, *rows), f"expert {expert} of layer {layer}")
+                yield Piece(prefix + part.format(e=expert), (expert, *rows), where=f"expert {expert} of layer {layer}")
+
+
+def stored_shape(piece: Piece, part: Sequence[int], known: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The shape on disk as far as a piece tells, joined with what the pieces before it told."""
+    shape = tuple(part[:-2]) + tuple(reversed(part[-2:])) if piece.transposed else tuple(part)
+    ends = tuple(each.stop for each in piece.stored)
+    shape = ends + shape[len(ends) :]
+    return shape if known is None else tuple(map(max, known, shape))
 
 
 def _parts(names: tuple[str, ...], width: int) -> Iterator[tuple[str, tuple[slice, ...]]]:
@@ -112,6 +137,7 @@ HF_OUTER = {
     "norm.weight": "model.norm.weight",
     "head.weight": "lm_head.weight",
 }
+HF_PREFIX = "model.layers.{i}."
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 HF_ATTENTION = {
     "attn_norm.weight": "input_layernorm.weight",
@@ -120,7 +146,12 @@ HF_ATTENTION = {
     "attn.k_norm.weight": "self_attn.k_norm.weight",
     **{f"attn.{name}.{kind}": f"self_attn.{name}.{kind}" for name in _PROJECTIONS for kind in ("weight", "bias")},
 }
-HF_DENSE = {f"mlp.{name}_proj.weight": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+_KINDS = ("weight", "bias")
+HF_DENSE = {f"mlp.{n}_proj.{kind}": f"mlp.{n}_proj.{kind}" for n in ("gate", "up", "down") for kind in _KINDS}
+HF_EXPERTS = {
+    "mlp.experts.gate_up_proj": ("mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight"),
+    "mlp.experts.down_proj": ("mlp.experts.{e}.down_proj.weight",),
+}
 HF_FUSED = {f"mlp.experts.{name}": f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")}
 
 _GGUF_OUTER = {

@@ -8,8 +8,9 @@ Shapes: B batch, L length, D hidden, h key–value heads, d head dimension, S po
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -31,8 +32,9 @@ from moekit.kernels.steps import (
     can_multiply,
 )
 from moekit.models.attention import Attention, AttentionInput
-from moekit.models.blocks import DenseMLP, RMSNorm, rotary_angles
+from moekit.models.blocks import DenseMLP, RMSNorm
 from moekit.models.cache import KVCache
+from moekit.models.rope import rotary_factors
 from moekit.moe import GroupedMLP, GroupedSwiGLU, Linear, MoE, Routing, SharedExperts, TopKRouter
 from moekit.moe.dispatch import LocalDispatcher
 from moekit.moe.replay import is_bound
@@ -86,11 +88,11 @@ class DecoderSteps:
         """Tokens of different sequences through all blocks, a block at a time, so that what one token read from memory
         is near for the others. No number depends on which other tokens there are."""
         dtype = tokens[0].dtype
-        angles = [self._angles_at(token.cache.length, config, dtype) for token in tokens]
+        angles = [partial(self._angles_at, token.cache.length, config, dtype) for token in tokens]
         for block, (attention, mlp) in zip(layers, self._of(layers), strict=True):
             attention_step, mlp_step = attention.get(dtype), mlp.get(dtype)
-            for token, angles_2h in zip(tokens, angles, strict=True):
-                token.attend(block, attention_step, angles_2h)
+            for token, angles_of in zip(tokens, angles, strict=True):
+                token.attend(block, attention_step, angles_of)
             for token in tokens:
                 token.think(block, mlp_step)
 
@@ -107,7 +109,7 @@ class DecoderSteps:
         if key not in self._angles:
             if len(self._angles) == _MOST_ANGLES:
                 self._angles.clear()
-            factors = rotary_angles(torch.arange(first, first + _ANGLES)[None], config)
+            factors = rotary_factors(torch.arange(first, first + _ANGLES)[None], config)
             halves = [factor[0, 0, :, : config.head_dim // 2].to(dtype).float() for factor in factors]
             self._angles[key] = torch.stack(halves, dim=1).contiguous()
         return self._angles[key][position - first]
@@ -130,19 +132,19 @@ class Token:
         self.routings: list[Routing] = []
         self._shape = x_BLD.shape
         self._x_D = x_BLD.to(torch.float32, copy=True).flatten()
-        self._inputs = inputs
+        self._inputs = functools.cache(inputs)  # the same for all layers
 
     def as_module_takes_it(self) -> Tensor:
         """(1, 1, D) in the model's dtype."""
         return self._x_D.to(self.dtype).view(self._shape)
 
-    def attend(self, block: Any, step: AttentionStep | None, angles_2h: Tensor) -> None:
+    def attend(self, block: Any, step: AttentionStep | None, angles: Callable[[], Tensor]) -> None:
         """The attention of a block, in its step if it has one."""
         if step is not None:
-            step(self._x_D, angles_2h, self.cache.room(block.attn.layer, 1), self.cache.length)
+            step(self._x_D, angles(), self.cache.room(block.attn.layer, 1), self.cache.length)
             return
         x_BLD = self.as_module_takes_it()
-        self._take(x_BLD + block.attn(block.attn_norm(x_BLD), self._inputs()))
+        self._take(block.after_attention(x_BLD, block.attn(block.attn_norm(x_BLD), self._inputs())))
 
     def think(self, block: Any, step: MLPStep | None) -> None:
         """The MLP of a block; its routing, if any, joins `routings`. A router that the step does not know runs as a
@@ -170,7 +172,7 @@ class Token:
             y_BLD, routing = block.mlp(y_BLD, None, self._inputs().ids_BL)
         else:
             y_BLD = block.mlp(y_BLD)
-        self._take(x_BLD + y_BLD)
+        self._take(block.after_mlp(x_BLD, y_BLD))
         return routing
 
     def _take(self, x_BLD: Tensor) -> None:
@@ -229,6 +231,9 @@ def _kept_by(module: nn.Module) -> tuple[dict[str, Any], ...]:
 
 def _attention_step(block: Any, dtype: torch.dtype) -> AttentionStep:
     attn = _exactly(block.attn, Attention)
+    _plain_block(block)
+    if attn.extras:
+        raise _NoStepError(f"the attention has {', '.join(attn.extras)}")
     norms = [block.attn_norm] + ([] if type(attn.q_norm) is nn.Identity else [attn.q_norm, attn.k_norm])
     weights = [_norm(each, block.attn_norm.eps) for each in norms]
     q, k, v, o = (_linear(each, dtype) for each in (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj))
@@ -246,13 +251,14 @@ def _attention_step(block: Any, dtype: torch.dtype) -> AttentionStep:
 
 
 def _mlp_step(block: Any, dtype: torch.dtype) -> MLPStep:
+    _plain_block(block)
     norm, mlp = _norm(block.mlp_norm, block.mlp_norm.eps), block.mlp
     if type(mlp) is DenseMLP:
-        dense = MLPWeights(*(_linear(each, dtype) for each in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
-        return MLPStep(norm=norm, eps=block.mlp_norm.eps, shared=dense, activation="silu", dtype=dtype)
+        dense = _dense(mlp, dtype)
+        return MLPStep(norm=norm, eps=block.mlp_norm.eps, shared=dense, activation=mlp.activation, dtype=dtype)
     _exactly(mlp, MoE)
     _exactly(mlp.dispatcher, LocalDispatcher)
-    shared = None if mlp.shared is None else _shared(_exactly(mlp.shared, SharedExperts), dtype)
+    shared = None if mlp.shared is None else _dense(_exactly(mlp.shared, SharedExperts), dtype)
     gate = None if shared is None else mlp.shared.gate
     return MLPStep(
         norm=norm,
@@ -275,13 +281,14 @@ def _experts(experts: Any, dtype: torch.dtype) -> ExpertWeights:
     return ExpertWeights(_plain(experts.in_proj, dtype), _plain(experts.down_proj, dtype), *biases)
 
 
-def _shared(shared: SharedExperts, dtype: torch.dtype) -> MLPWeights:
-    up, down = _linear(shared.up_proj, dtype), _linear(shared.down_proj, dtype)
-    return (
-        MLPWeights(up, None, down)
-        if shared.gate_proj is None
-        else MLPWeights(_linear(shared.gate_proj, dtype), up, down)
-    )
+def _dense(mlp: DenseMLP | SharedExperts, dtype: torch.dtype) -> MLPWeights:
+    up, down = _linear(mlp.up_proj, dtype), _linear(mlp.down_proj, dtype)
+    return MLPWeights(up, None, down) if mlp.gate_proj is None else MLPWeights(_linear(mlp.gate_proj, dtype), up, down)
+
+
+def _plain_block(block: Any) -> None:
+    if not block.is_plain:
+        raise _NoStepError("the block does more than add to the stream")
 
 
 def _gate(router: Router) -> TopKGate | None:

@@ -1,15 +1,15 @@
-"""Weights between disk and `Decoder`, one tensor at a time: safetensors both ways, GGUF in.
+"""Weights from disk to `Decoder`, one tensor at a time: safetensors and GGUF.
 
 Loading first compares names and shapes with what the configuration asks for, then fills a decoder that was built
 without memory: its peak is the model and one tensor. Weights published in fp8 or mxfp4 become plain on the way
-(`dequantise.py`). Saving writes Hugging Face's layout the same way.
+(`dequantise.py`).
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,19 +19,19 @@ from torch.overrides import TorchFunctionMode
 
 from moekit.config import ModelConfig
 from moekit.errors import FileError, FormatError, UnsafeFileError, UnsupportedError, shown
-from moekit.files import file_errors, read_json, replacing_folder, stays_inside, write_atomic
-from moekit.models.archs import ARCHS, config_to_hf, is_packed, read_config
+from moekit.files import read_json, stays_inside
+from moekit.models.archs import ARCHS, is_packed, read_config
 from moekit.models.decoder import Decoder
 from moekit.models.dequantise import Scheme
 from moekit.models.gguf_archs import GGUF_ARCHS, gguf_config
 from moekit.models.gguf_file import GGUFFile
-from moekit.models.layout import Layout, Piece
-from moekit.models.safetensors_file import SafetensorsFile, write_safetensors
+from moekit.models.layout import Layout, Piece, stored_shape
+from moekit.models.safetensors_file import SafetensorsFile
 
-__all__ = ["PACKED_WEIGHTS", "StoredDecoder", "empty_decoder", "load_decoder", "remove_stale", "save_decoder"]
+__all__ = ["INDEX", "PACKED_WEIGHTS", "SINGLE", "StoredDecoder", "empty_decoder", "load_decoder"]
 
 PACKED_WEIGHTS = "packed.safetensors"
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_LAYERS = 512  # each costs two milliseconds before the first tensor is read
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
@@ -96,8 +96,9 @@ class StoredDecoder:
             self.config = read_config(path)
             if is_packed(path):
                 raise UnsupportedError(f"{path} is packed by moekit: this needs the unquantised model")
-            self._source = _open_folder(path, Scheme.of(read_json(path / "config.json"), f"{path / 'config.json'}"))
+            source = _open_folder(path, Scheme.of(read_json(path / "config.json"), f"{path / 'config.json'}"))
             layout = ARCHS[self.config.arch].hf
+            self._source = _with_base(source, layout.base)
         self.empty = empty_decoder(self.config, len(self._source.shapes), self._where)
         self._plan = _plan(self.empty, layout, self._source, self._where)
         self._shapes = {name: parameter.shape for name, parameter in self.empty.named_parameters()}
@@ -106,43 +107,6 @@ class StoredDecoder:
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The parameter `name`, as it is stored (GGUF: float32; fp8 and mxfp4: bfloat16) or in `dtype`."""
         return _assemble(self._shapes[name], self._plan[name], self._source, self._where, dtype)
-
-
-def save_decoder(
-    decoder: Decoder,
-    folder: str | os.PathLike[str],
-    *,
-    max_shard_bytes: int = 5_000_000_000,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Write config.json, generation_config.json and safetensors to `folder`, so that transformers loads them.
-
-    A new folder appears whole or not at all; in one that exists, each file is replaced whole, config.json last,
-    and weights of an earlier save are removed.
-
-    Args:
-        decoder: plain parameters only.
-        folder: where to.
-        max_shard_bytes: more than this is written as several files and an index.
-        dtype: to store; None keeps each parameter's own.
-    Raises:
-        UnsupportedError: the layout cannot express the model.
-        FileError: it could not be written.
-    """
-    config = decoder.config
-    tensors = dict(_disk_tensors(decoder))
-    stored = dtype or decoder.embed.weight.dtype
-    values = config_to_hf(config, str(stored).removeprefix("torch."))
-    shards = _shards(tensors, max_shard_bytes, dtype)
-    with replacing_folder(folder, last="config.json") as temporary:
-        for name, names in shards.items():
-            part = {key: tensors[key] for key in names}
-            write_safetensors(temporary / name, part, dtype=dtype, metadata={"format": "pt"})
-        if len(shards) > 1:
-            write_atomic(temporary / _INDEX, _index(tensors, shards, dtype))
-        write_atomic(temporary / "generation_config.json", _json(_generation(values)))
-        write_atomic(temporary / "config.json", _json(values))
-    remove_stale(Path(folder), {*shards, *([_INDEX] if len(shards) > 1 else [])})
 
 
 def empty_decoder(config: ModelConfig, num_tensors: int, where: str) -> Decoder:
@@ -172,7 +136,7 @@ class _Uninitialised(TorchFunctionMode):
 def _plan(decoder: Decoder, layout: Layout, source: Source, where: str) -> dict[str, list[Piece]]:
     """Every parameter's pieces, after checking that the files hold exactly those, in the right shapes."""
     plan: dict[str, list[Piece]] = {}
-    used: set[str] = set()
+    wanted: dict[str, tuple[int, ...]] = {}
     for name, parameter in decoder.named_parameters():
         fused = layout.fused_name(name) in source.shapes
         plan[name] = []
@@ -180,21 +144,22 @@ def _plan(decoder: Decoder, layout: Layout, source: Source, where: str) -> dict[
             if piece.name not in source.shapes:
                 of = f" ({piece.where})" if piece.where else ""
                 raise FormatError(f"{where}: the tensor {piece.name!r}{of} is missing")
-            expected, found = tuple(parameter[piece.index].shape), source.shapes[piece.name]
-            if expected != found:
-                raise FormatError(
-                    f"{where}: {piece.name!r} has shape {list(found)}, but the configuration asks for {list(expected)}"
-                )
+            wanted[piece.name] = stored_shape(piece, parameter[piece.index].shape, wanted.get(piece.name))
             plan[name].append(piece)
-            used.add(piece.name)
-    _refuse_extra(decoder, layout, set(source.shapes) - used, where)
+    for name, expected in wanted.items():
+        if expected != (found := source.shapes[name]):
+            raise FormatError(
+                f"{where}: {name!r} has shape {list(found)}, but the configuration asks for {list(expected)}"
+            )
+    _refuse_extra(decoder, layout, set(source.shapes) - wanted.keys(), where)
     return plan
 
 
 def _refuse_extra(decoder: Decoder, layout: Layout, extra: set[str], where: str) -> None:
-    # A tied head is often stored a second time, and old Llama files carry the rotary frequencies.
+    # A tied head is often stored a second time, and old files carry buffers such as the rotary frequencies.
     tied_head = {layout.outer["head.weight"]} if decoder.head is None else set()
-    left = sorted(shown(name) for name in extra - tied_head if not name.endswith("rotary_emb.inv_freq"))
+    kept = (name for name in extra - tied_head if not any(fnmatchcase(name, each) for each in layout.ignored))
+    left = sorted(map(shown, kept))
     if left:
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
         raise FormatError(
@@ -206,12 +171,15 @@ def _refuse_extra(decoder: Decoder, layout: Layout, extra: set[str], where: str)
 def _assemble(shape: torch.Size, pieces: list[Piece], source: Source, where: str, dtype: torch.dtype | None) -> Tensor:
     """The parameter that `pieces` make up; one of them is in memory at a time."""
     whole: Tensor | None = None
+    last: tuple[str, Tensor] | None = None  # many pieces may come from one tensor
     for piece in pieces:
-        part = source.read(piece.name, dtype)
+        last = last if last is not None and last[0] == piece.name else (piece.name, source.read(piece.name, dtype))
+        part = last[1][piece.stored]
+        part = part.transpose(-1, -2) if piece.transposed else part
         if piece.rotary_heads:
             part = _deinterleave(part, piece.rotary_heads)
         if piece.index == ():
-            return part.contiguous()
+            return part.clone(memory_format=torch.contiguous_format) if piece.stored else part.contiguous()
         if whole is None:
             whole = torch.empty(shape, dtype=part.dtype)
         if part.dtype != whole.dtype:
@@ -278,13 +246,28 @@ class _Dequantised:
         return recipe.make(*map(self._source.stored, recipe.parts), dtype=dtype or torch.bfloat16)
 
 
+class _Prefixed:
+    """A source whose names all lack `base`."""
+
+    def __init__(self, source: Source, base: str) -> None:
+        self._source, self._base = source, base
+        self.shapes = {base + name: shape for name, shape in source.shapes.items()}
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self._source.read(name.removeprefix(self._base), dtype)
+
+
+def _with_base(source: Source, base: str) -> Source:
+    return source if any(name.startswith(base) for name in source.shapes) else _Prefixed(source, base)
+
+
 def _open_folder(folder: Path, scheme: Scheme | None) -> Source:
-    if (folder / _SINGLE).exists():
-        source = _SafetensorsSource([SafetensorsFile(stays_inside(folder, _SINGLE))])
-    elif (folder / _INDEX).exists():
-        source = _open_index(stays_inside(folder, _INDEX), folder)
+    if (folder / SINGLE).exists():
+        source = _SafetensorsSource([SafetensorsFile(stays_inside(folder, SINGLE))])
+    elif (folder / INDEX).exists():
+        source = _open_index(stays_inside(folder, INDEX), folder)
     else:
-        raise FileError(f"{folder} has no {_SINGLE} and no {_INDEX}")
+        raise FileError(f"{folder} has no {SINGLE} and no {INDEX}")
     return _Dequantised(source, scheme, str(folder)) if scheme else source
 
 
@@ -317,59 +300,3 @@ def _refuse_pickle(path: Path) -> None:
         raise UnsafeFileError(f"{path} is a pickle, which can run code; convert it to safetensors")
     elif path.is_file():
         raise FileError(f"{path}: give the folder that holds config.json and the weights, or a .gguf file")
-
-
-def _disk_tensors(decoder: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """Names on disk and views of the parameters, in the decoder's order."""
-    layout = ARCHS[decoder.config.arch].hf
-    parameters = dict(decoder.named_parameters())
-    with torch.device("meta"):
-        expected = dict(Decoder(decoder.config).named_parameters())
-    odd = sorted(parameters.keys() ^ expected.keys())
-    if odd:
-        raise UnsupportedError(
-            f"only a plain decoder is written in Hugging Face layout; this one differs at {odd[0]!r}: "
-            "merge adapters and dequantise first"
-        )
-    for name, parameter in parameters.items():
-        for piece in layout.pieces(name, decoder.config):
-            yield piece.name, parameter.detach()[piece.index]
-
-
-def _shards(tensors: Mapping[str, Tensor], limit: int, dtype: torch.dtype | None) -> dict[str, list[str]]:
-    """File names to the tensors in them: as many in order as fit the limit, at least one."""
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        nbytes = tensor.numel() * (dtype or tensor.dtype).itemsize
-        if groups[-1] and size + nbytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += nbytes
-    if len(groups) == 1:
-        return {_SINGLE: groups[0]}
-    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, 1)}
-
-
-def _index(tensors: Mapping[str, Tensor], shards: Mapping[str, list[str]], dtype: torch.dtype | None) -> str:
-    total = sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in tensors.values())
-    weight_map = {name: shard for shard, names in shards.items() for name in names}
-    return _json({"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _generation(values: Mapping[str, object]) -> dict[str, object]:
-    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {"_from_model_config": True, **{key: values[key] for key in keys if values[key] is not None}}
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, indent=2) + "\n"
-
-
-def remove_stale(folder: Path, kept: set[str]) -> None:
-    """Remove weights of an earlier save, which a loader could take for this one's."""
-    with file_errors(folder):
-        for path in [*folder.glob("model*.safetensors"), *folder.glob(_INDEX), *folder.glob(PACKED_WEIGHTS)]:
-            if path.name not in kept:
-                path.unlink()

@@ -1,0 +1,58 @@
+"""OLMoE: norms over all of the queries and of the keys, and a limit on both and on the values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moekit.config import AttentionConfig, ModelConfig
+from moekit.models.families.common import moe_of, softmax_experts
+from moekit.models.families.row import Arch
+from moekit.models.keys import Keys
+from moekit.models.layout import HF_ATTENTION, HF_EXPERTS, HF_FUSED, HF_OUTER, HF_PREFIX, Layout
+
+
+def _read_olmoe(keys: Keys) -> dict[str, Any]:
+    clip = keys.real("clip_qkv") if keys.has("clip_qkv") else None
+    return {
+        "intermediate_size": keys.whole("intermediate_size"),
+        "moe": softmax_experts(keys, "intermediate_size"),
+        "qk_norm": True,
+        "attention_bias": keys.flag("attention_bias"),
+        "attention": AttentionConfig(qk_norm_over="all", clip_qkv=clip),
+        "router_aux_loss_coef": keys.real("router_aux_loss_coef"),
+    }
+
+
+def _write_olmoe(config: ModelConfig) -> dict[str, Any]:
+    moe = moe_of(config)
+    return {
+        "intermediate_size": moe.intermediate_size,
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "norm_topk_prob": moe.norm_topk_prob,
+        "attention_bias": config.attention_bias,
+        "clip_qkv": config.attention.clip_qkv,
+        "router_aux_loss_coef": config.router_aux_loss_coef,
+    }
+
+
+Arch(
+    model_type="olmoe",
+    architecture="OlmoeForCausalLM",
+    defaults={
+        "rope_theta": 10_000.0,
+        "rms_norm_eps": 1e-5,
+        "pad_token_id": 1,
+        "eos_token_id": 50_279,
+        "router_aux_loss_coef": 0.01,
+    },
+    read=_read_olmoe,
+    write=_write_olmoe,
+    hf=Layout(
+        HF_OUTER,
+        HF_PREFIX,
+        HF_ATTENTION | {"mlp.router.weight": "mlp.gate.weight"},
+        experts=HF_EXPERTS,
+        fused=HF_FUSED,
+    ),
+).register()
