@@ -5,10 +5,11 @@ Formulas count matrices; a multiply and an add are two FLOPs (2001.08361 section
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moekit.config import ModelConfig, MoEConfig
+from moekit.config import MLAConfig, ModelConfig, MoEConfig
 
 __all__ = [
     "BITS_PER_WEIGHT",
@@ -81,7 +82,10 @@ def flops_per_token(config: ModelConfig, context: int = 0) -> int:
     active = parameters(config).active_parts
     head = config.vocab_size * config.hidden_size
     matrices = sum(active[part] for part in ("attention", "mlp", "router", "experts", "shared")) + head
-    scores_and_sums = 4 * context * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    mla, scored, summed = config.mla, config.head_dim, config.head_dim
+    if mla is not None:
+        scored, summed = mla.query_head_dim, mla.value_head_dim
+    scores_and_sums = 2 * context * config.num_attention_heads * (scored + summed) * config.num_hidden_layers
     return 2 * matrices + scores_and_sums
 
 
@@ -93,18 +97,31 @@ def weight_bytes(config: ModelConfig) -> dict[str, int]:
 
 def kv_cache_bytes(config: ModelConfig, tokens: int, bytes_per_value: int = 2) -> int:
     """Bytes of the keys and values of `tokens` positions in every layer."""
-    values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    values = config.num_hidden_layers * math.prod(config.cache_shape)
     return tokens * values * bytes_per_value
 
 
 def _attention(config: ModelConfig) -> int:
-    """One layer's four projections, with their biases if they have any."""
+    """One layer's projections, with their biases if they have any."""
+    if config.mla is not None:
+        return _latent_attention(config, config.mla)
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     output_bias = config.hidden_size if config.attention.output_bias else 0
     bias = queries + 2 * keys + output_bias if config.attention_bias else 0
     sinks = config.num_attention_heads if config.attention.sinks else 0
     return config.hidden_size * (2 * queries + 2 * keys) + bias + sinks
+
+
+def _latent_attention(config: ModelConfig, mla: MLAConfig) -> int:
+    """Projections into and out of the latent vectors, their norms, and the output's."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    queries, kept = heads * mla.query_head_dim, mla.kv_lora_rank + mla.rope_head_dim
+    rank = mla.q_lora_rank
+    count = hidden * queries if rank is None else rank * (hidden + 1 + queries)
+    count += hidden * kept + mla.kv_lora_rank
+    count += heads * (mla.kv_lora_rank * (mla.nope_head_dim + mla.value_head_dim) + mla.value_head_dim * hidden)
+    return count + ((rank or 0) + kept + hidden if config.attention_bias else 0)
 
 
 def _mlp(config: ModelConfig) -> int:
@@ -141,9 +158,10 @@ def _shared(moe: MoEConfig) -> int:
 
 
 def _norms(config: ModelConfig) -> int:
-    """Two norms a layer and the last one; with qk_norm two more, of one head's width or of all heads'."""
+    """Two or four norms a layer and the last one; with qk_norm two more, of one head's width or of all heads'."""
     queries, keys = config.num_attention_heads, config.num_key_value_heads
     heads = 2 if config.attention.qk_norm_over == "head" else queries + keys
-    widths = (2 * config.num_hidden_layers + 1) * config.hidden_size
+    places = 4 if config.norm_place == "both" else 2
+    widths = (places * config.num_hidden_layers + 1) * config.hidden_size
     widths += config.num_hidden_layers * heads * config.head_dim if config.qk_norm else 0
     return widths * (2 if config.norm_bias else 1)

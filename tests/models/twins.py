@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import transformers
+from plain_models import DeepseekModel, GrokModel
 
 VOCAB = 97
 SHAPE = {
@@ -32,6 +33,24 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 QWEN2_MOE = {**QWEN, "shared_expert_intermediate_size": 20, "head_dim": None}
 
+PLAIN = {"head_dim": 8, "rope_theta": 500.0, "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2}
+DEEPSEEK = {
+    "moe_intermediate_size": 20,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 14,
+}
+
 # Every family, and every feature that a family may turn on: the contract of test_families.py runs on each.
 FAMILIES = {
     **TWINS,
@@ -52,6 +71,97 @@ FAMILIES = {
         "Qwen2Moe",
         {**QWEN2_MOE, "use_sliding_window": True, "sliding_window": 4, "norm_topk_prob": True, "qkv_bias": False},
     ),
+    "deepseek": (
+        DeepseekModel,
+        {
+            **DEEPSEEK,
+            **PLAIN,
+            "model_type": "deepseek",
+            "routed_scaling_factor": 1.0,  # the original has none
+            "norm_topk_prob": False,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "grok-1": (
+        GrokModel,
+        {
+            **PLAIN,
+            "model_type": "grok-1",
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "attn_output_multiplier": 0.3,
+            "max_attn_value": 1.5,
+            "embedding_multiplier_scale": 3.0,
+            "output_multiplier_scale": 0.5,
+        },
+    ),
+    "dbrx": (
+        "Dbrx",
+        {
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 0.5, "rope_theta": 500.0},
+            "ffn_config": {"ffn_hidden_size": 20, "moe_num_experts": 5, "moe_top_k": 3},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+            "d_model": 32,
+            "n_heads": 4,
+            "n_layers": 3,
+            "max_seq_len": 64,
+            **dict.fromkeys(SHAPE.keys() - {"vocab_size"}),
+        },
+    ),
+    "deepseek_v2": (
+        "DeepseekV2",
+        {**LATENT, **DEEPSEEK, "topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2},
+    ),
+    "deepseek_v2 greedy, direct queries, yarn": (
+        "DeepseekV2",
+        {**LATENT, **DEEPSEEK, "q_lora_rank": None, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.1}},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        {**LATENT, **DEEPSEEK, "n_group": 3, "topk_group": 2, "num_experts_per_tok": 4},
+    ),
+    "deepseek_v3 yarn, one group, biases": (
+        "DeepseekV3",
+        {
+            **LATENT,
+            **DEEPSEEK,
+            "n_group": 1,
+            "topk_group": 1,
+            "attention_bias": True,
+            "norm_topk_prob": False,
+            "rope_interleave": False,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+    "glm4_moe": ("Glm4Moe", {**DEEPSEEK, "head_dim": 16, "use_qk_norm": True, "attention_bias": True}),
+    "glm4_moe groups": (
+        "Glm4Moe",
+        {**DEEPSEEK, "n_group": 3, "topk_group": 2, "num_experts_per_tok": 4, "n_shared_experts": 1},
+    ),
+    "solar_open": ("SolarOpen", {**DEEPSEEK, "first_k_dense_replace": None, "intermediate_size": None, "head_dim": 8}),
+    "dots1": ("Dots1", {**DEEPSEEK, "sliding_window": 5, "max_window_layers": 2, "head_dim": 16}),
+    "granitemoe": (
+        "GraniteMoe",
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 2.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "minimax_m2": (
+        "MiniMaxM2",
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "hunyuan_v1_moe": ("HunYuanMoEV1", {"num_experts": 6, "moe_topk": 3, "head_dim": 16, "pad_token_id": 0}),
     "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "clip_qkv": 0.5, "pad_token_id": None}),
 }
 
@@ -59,14 +169,23 @@ FAMILIES = {
 def twin(name):
     """A transformers model in evaluation mode whose every parameter, biases and norms too, is random."""
     family, options = FAMILIES[name]
-    values = {key: value for key, value in {**SHAPE, **options}.items() if value is not None}
-    config = getattr(transformers, f"{family}Config")(**values)
+    if not isinstance(family, str):
+        return randomised(family(**SHAPE, **options))
+    kept = {key: value for key, value in {**SHAPE, **options}.items() if value is not None or key == "q_lora_rank"}
+    config = getattr(transformers, f"{family}Config")(**kept)
     config._attn_implementation = "eager"
     model = getattr(transformers, f"{family}{'LMHeadModel' if family == 'GPT2' else 'ForCausalLM'}")(config).eval()
+    return randomised(model)
+
+
+def randomised(model):
     with torch.no_grad():
         for parameter in model.parameters():
             # Wide enough that a wrong rotation, order or expert shows far above the tolerance.
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.2)
+        for what, buffer in model.named_buffers():
+            if "correction_bias" in what:
+                buffer.normal_(0.0, 0.2)
     return model
 
 

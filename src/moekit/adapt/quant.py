@@ -20,7 +20,7 @@ from moekit.adapt.quant_modules import QuantEmbedding, QuantExperts, QuantLinear
 from moekit.errors import ConfigError, UnsupportedError
 from moekit.kernels.formats import Format
 from moekit.models.decoder import Decoder
-from moekit.models.weights import StoredDecoder
+from moekit.models.weights import StoredDecoder, put
 from moekit.moe import GroupedMLP, Linear, Router
 
 __all__ = [
@@ -214,8 +214,7 @@ def load_quantised(
     for name in stored.names:
         value = stored.read(name)
         if not job.take(name, value):
-            owner, _, leaf = name.rpartition(".")
-            setattr(decoder.get_submodule(owner), leaf, nn.Parameter(value.float()))
+            put(decoder, name, value.float())
     return decoder.eval(), job.report()
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "LinearRope",
     "Llama3Rope",
     "LongRope",
+    "MLAConfig",
     "RopeConfig",
     "RopeScaling",
     "YarnRope",
@@ -125,6 +126,35 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MLAConfig:
+    """Multi-head latent attention: keys and values come from one small vector a position (2405.04434 §2.1).
+
+    The model's head_dim is `rope_head_dim` then.
+    """
+
+    kv_lora_rank: int
+    """Width of that vector, which is all the cache holds beside the rotated part of the keys."""
+    nope_head_dim: int
+    """Features of a query and a key that are not rotated."""
+    rope_head_dim: int
+    """Features that are; those of the keys are shared by all heads."""
+    value_head_dim: int
+    """Features of a value."""
+    q_lora_rank: int | None = None
+    """Width of the vector that queries come from; straight from the hidden state when not given."""
+
+    def __post_init__(self) -> None:
+        positive(self, "kv_lora_rank", "nope_head_dim", "rope_head_dim", "value_head_dim")
+        if self.q_lora_rank is not None:
+            positive(self, "q_lora_rank")
+
+    @property
+    def query_head_dim(self) -> int:
+        """Features of a query and of a key."""
+        return self.nope_head_dim + self.rope_head_dim
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """What a family's attention has beside grouped queries; the defaults are Llama's."""
 
@@ -132,6 +162,8 @@ class AttentionConfig:
     """With attention_bias the output projection has a bias too (Qwen2's has none)."""
     qk_norm_over: Literal["head", "all"] = "head"
     """With qk_norm: over each head's features (Qwen3), or over those of all heads together (OLMoE)."""
+    qk_norm_after_rope: bool = False
+    """With qk_norm: after the rotation instead of before it (Hunyuan)."""
     clip_qkv: float | None = None
     """Queries, keys and values are limited to ±this (DBRX, OLMo)."""
     scale: float | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moekit.config.attention import AttentionConfig, RopeConfig
+from moekit.config.attention import AttentionConfig, MLAConfig, RopeConfig
 from moekit.config.base import check, choice, positive
 from moekit.config.moe import ACTIVATIONS, Activation, MoEConfig
 
@@ -36,6 +36,8 @@ class ModelConfig:
     """RMSNorm or LayerNorm, everywhere."""
     norm_bias: bool = False
     """The LayerNorms have a bias."""
+    norm_place: Literal["before", "after", "both"] = "before"
+    """Attention and MLP are normed on their way in, on their way out (OLMo 2), or both (Grok-1)."""
     rms_norm_eps: float = 1e-6
     """What either kind of norm adds to the mean square."""
     tie_word_embeddings: bool = False
@@ -45,6 +47,8 @@ class ModelConfig:
     """The projections of attention have biases."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     """What the family's attention has beside that."""
+    mla: MLAConfig | None = None
+    """Latent attention instead of grouped queries (DeepSeek-V2 and V3)."""
     activation: Activation = "silu"
     """Non-linearity of the dense MLPs."""
     mlp_gated: bool = True
@@ -95,12 +99,17 @@ class ModelConfig:
     def _check_choices(self) -> None:
         choice(self, "positions", ("rope", "learned"))
         choice(self, "norm", ("rms", "layer"))
+        choice(self, "norm_place", ("before", "after", "both"))
         choice(self, "activation", ACTIVATIONS)
         even = self.positions == "learned" or self.head_dim % 2 == 0
         check(even, f"head_dim must be even for rotary embeddings, not {self.head_dim}")
         check(
             self.rope.dims is None or self.rope.dims <= self.head_dim,
             f"rope.dims must be at most head_dim ({self.head_dim}), not {self.rope.dims}",
+        )
+        check(
+            self.mla is None or self.mla.rope_head_dim == self.head_dim,
+            f"with mla, head_dim ({self.head_dim}) must be its rope_head_dim",
         )
         check(not self.norm_bias or self.norm == "layer", "norm_bias needs norm layer: an RMSNorm has none")
         check(not (self.head_bias and self.tie_word_embeddings), "a tied head has no bias")
@@ -110,6 +119,13 @@ class ModelConfig:
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer number `layer` (from 0) holds an MoE instead of a dense MLP."""
         return self.moe is not None and layer not in self.dense_layers
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        """Tensors, heads and features that the cache holds a position and layer: keys and values, or MLA's vector."""
+        if self.mla is None:
+            return 2, self.num_key_value_heads, self.head_dim
+        return 1, 1, self.mla.kv_lora_rank + self.mla.rope_head_dim
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

@@ -86,11 +86,13 @@ class Attention(nn.Module):
 
     def _positioned(self, x_BLE: Tensor, norm: nn.Module, inputs: AttentionInput) -> Tensor:
         """Queries or keys after norm, limit and rotation, (B, H, L, d)."""
-        over_all = self.options.qk_norm_over == "all"
+        over_all, last = self.options.qk_norm_over == "all", self.options.qk_norm_after_rope
         x_BLE = norm(x_BLE) if over_all else x_BLE
         x_BHLd = self._heads(self._clipped(x_BLE))
-        x_BHLd = x_BHLd if over_all else norm(x_BHLd)
-        return x_BHLd if inputs.rotary is None else rotate(x_BHLd, *inputs.rotary, self.interleaved)
+        x_BHLd = x_BHLd if over_all or last else norm(x_BHLd)
+        if inputs.rotary is not None:
+            x_BHLd = rotate(x_BHLd, *inputs.rotary, self.interleaved)
+        return norm(x_BHLd) if last else x_BHLd
 
     def _clipped(self, x: Tensor) -> Tensor:
         limit = self.options.clip_qkv
@@ -110,6 +112,7 @@ def _extras(config: ModelConfig, window: int | None) -> tuple[str, ...]:
         "limits": options.clip_qkv is not None or options.softcap is not None,
         "its own scale": options.scale is not None,
         "norms over all heads": config.qk_norm and options.qk_norm_over == "all",
+        "norms after rotation": config.qk_norm and options.qk_norm_after_rope,
     }
     return tuple(name for name, there in found.items() if there)
 

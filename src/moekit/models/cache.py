@@ -14,7 +14,7 @@ class KVCache:
     """Keys and values of every layer, in buffers that double when full.
 
     Args:
-        config: gives layers, key–value heads and head dimension.
+        config: gives layers and what a position takes, `ModelConfig.cache_shape`.
         batch: number of sequences B.
         dtype: of the stored keys and values: float32, bfloat16 or float16.
         capacity: positions to reserve at first.
@@ -25,19 +25,23 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, batch: int = 1, dtype: torch.dtype = torch.float32, capacity: int = 64
     ) -> None:
-        self._shape = (2, batch, config.num_key_value_heads, capacity, config.head_dim)
+        parts, heads, width = config.cache_shape
+        self._shape = (parts, batch, heads, capacity, width)
         self._buffers = [torch.empty(self._shape, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.length = 0
 
-    def append(self, layer: int, k_BHLd: Tensor, v_BHLd: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new positions of one layer; returns all its keys and values so far, (B, H, length + L, d)."""
-        buffer, end = self.room(layer, k_BHLd.shape[2]), self.length + k_BHLd.shape[2]
-        buffer[0, :, :, self.length : end] = k_BHLd
-        buffer[1, :, :, self.length : end] = v_BHLd
-        return buffer[0, :, :, :end], buffer[1, :, :, :end]
+    def append(self, layer: int, *new_BHLd: Tensor) -> tuple[Tensor, ...]:
+        """Store new positions of one layer, keys and values (or MLA's one tensor); returns all so far, each
+        (B, H, length + L, d)."""
+        count = new_BHLd[0].shape[2]
+        buffer, end = self.room(layer, count), self.length + count
+        for part, new in zip(buffer, new_BHLd, strict=True):
+            part[:, :, self.length : end] = new
+        return tuple(part[:, :, :end] for part in buffer)
 
     def room(self, layer: int, count: int) -> Tensor:
-        """One layer's keys and values (2, B, H, capacity, d), contiguous, with room for `count` new positions."""
+        """One layer's keys and values (2, B, H, capacity, d; of MLA 1, B, 1, capacity, r), contiguous, with room for
+        `count` new positions."""
         buffer, end = self._buffers[layer], self.length + count
         return buffer if end <= buffer.shape[3] else self._grow(layer, end)
 

@@ -23,6 +23,7 @@ from moekit.kernels.quant import quant_linear
 from moekit.models.attention import Attention, AttentionInput, attention_mask
 from moekit.models.blocks import DenseMLP, norm
 from moekit.models.cache import KVCache
+from moekit.models.mla import LatentAttention
 from moekit.models.rope import rotary_factors
 from moekit.models.steps import DecoderSteps, Token, obstacle
 from moekit.moe import Linear, MoE, Routing, RoutingRecord
@@ -48,13 +49,19 @@ class DecoderOutput:
 
 
 class Block(nn.Module):
-    """x + m·attention(norm(x)), then x + m·mlp(norm(x)); the mlp is dense or an MoE, m is 1 in most families."""
+    """x + m·attention(norm(x)), then x + m·mlp(norm(x)); the mlp is dense or an MoE, m is 1 in most families.
+
+    By `norm_place` the results pass a norm too before they are added, or only these do.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attn_norm = norm(config)
-        self.attn = Attention(config, layer)
-        self.mlp_norm = norm(config)
+        before, after = config.norm_place != "after", config.norm_place != "before"
+        self.attn_norm = norm(config) if before else nn.Identity()
+        self.attn = Attention(config, layer) if config.mla is None else LatentAttention(config, layer)
+        self.attn_out_norm = norm(config) if after else None
+        self.mlp_norm = norm(config) if before else nn.Identity()
+        self.mlp_out_norm = norm(config) if after else None
         self.multiplier = config.residual_multiplier
         moe = config.moe if config.is_moe_layer(layer) else None
         self.mlp = MoE(moe.for_layer(layer)) if moe else _dense(config)
@@ -75,11 +82,11 @@ class Block(nn.Module):
 
     def after_attention(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
         """The stream x after attention gave y."""
-        return x_BLD + self._scaled(y_BLD)
+        return x_BLD + self._scaled(y_BLD if self.attn_out_norm is None else self.attn_out_norm(y_BLD))
 
     def after_mlp(self, x_BLD: Tensor, y_BLD: Tensor) -> Tensor:
         """The stream x after the MLP gave y."""
-        return x_BLD + self._scaled(y_BLD)
+        return x_BLD + self._scaled(y_BLD if self.mlp_out_norm is None else self.mlp_out_norm(y_BLD))
 
     def _scaled(self, y_BLD: Tensor) -> Tensor:
         return y_BLD if self.multiplier == 1.0 else y_BLD * self.multiplier
@@ -87,7 +94,7 @@ class Block(nn.Module):
     @property
     def is_plain(self) -> bool:
         """Whether what attention and MLP give is added to the stream as it is."""
-        return self.multiplier == 1.0
+        return self.multiplier == 1.0 and self.attn_out_norm is None
 
 
 def _dense(config: ModelConfig) -> DenseMLP:

@@ -151,6 +151,7 @@ _ESSENTIAL: dict[str, tuple[Any, ...]] = {
     "shared_expert_intermediate_size": (0,),
     "shared_intermediate_size": (0,),
     "topk_method": ("greedy",),
+    "use_cla": (False,),
     "use_bias": (False,),
     "use_qk_norm": (False,),
     "zero_expert_num": (0,),
@@ -203,7 +204,7 @@ def refuse_inexpressible(
 
 def _fields(config: ModelConfig) -> dict[str, Any]:
     """Every field that changes what the model computes, those of parts as moe.<name>, attention.<name>, rope.<name>."""
-    parts = ("moe", "attention", "rope")
+    parts = ("moe", "attention", "rope")  # mla is one value, for a family has it or not
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in parts}
     for part in (config.attention, config.rope):
         prefix = "attention" if isinstance(part, AttentionConfig) else "rope"

@@ -63,7 +63,7 @@ class Layout:
         joined: parameters of a layer to the pieces they are made of, for tensors that are stored together, transposed
             or otherwise cut; names without the prefix.
         base: a prefix that every name has here, and that a file may lack altogether.
-        ignored: patterns of names that a file may have and the model does not use.
+        ignored: patterns of names that a file may have and the model does not use; {layers} is their number.
     """
 
     outer: Mapping[str, str]

@@ -28,7 +28,16 @@ from moekit.models.gguf_file import GGUFFile
 from moekit.models.layout import Layout, Piece, stored_shape
 from moekit.models.safetensors_file import SafetensorsFile
 
-__all__ = ["INDEX", "PACKED_WEIGHTS", "SINGLE", "StoredDecoder", "empty_decoder", "load_decoder"]
+__all__ = [
+    "INDEX",
+    "PACKED_WEIGHTS",
+    "SINGLE",
+    "StoredDecoder",
+    "empty_decoder",
+    "load_decoder",
+    "put",
+    "stored_tensors",
+]
 
 PACKED_WEIGHTS = "packed.safetensors"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -65,9 +74,7 @@ def load_decoder(path: str | os.PathLike[str], dtype: torch.dtype | None = None)
     """
     stored = StoredDecoder(path)
     for name in stored.names:
-        owner, _, leaf = name.rpartition(".")
-        parameter = nn.Parameter(stored.read(name, dtype))
-        setattr(stored.empty.get_submodule(owner), leaf, parameter)
+        put(stored.empty, name, stored.read(name, dtype))
     return stored.empty.eval()
 
 
@@ -101,12 +108,29 @@ class StoredDecoder:
             self._source = _with_base(source, layout.base)
         self.empty = empty_decoder(self.config, len(self._source.shapes), self._where)
         self._plan = _plan(self.empty, layout, self._source, self._where)
-        self._shapes = {name: parameter.shape for name, parameter in self.empty.named_parameters()}
+        self._shapes = {name: tensor.shape for name, tensor in stored_tensors(self.empty).items()}
+        self._buffers = self._shapes.keys() - dict(self.empty.named_parameters())
         self.names = list(self._plan)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The parameter `name`, as it is stored (GGUF: float32; fp8 and mxfp4: bfloat16) or in `dtype`."""
+        """The tensor `name`, as it is stored (GGUF: float32; fp8 and mxfp4: bfloat16) or in `dtype`; a router's
+        buffer always in float32."""
+        dtype = torch.float32 if name in self._buffers else dtype
         return _assemble(self._shapes[name], self._plan[name], self._source, self._where, dtype)
+
+
+def put(decoder: Decoder, name: str, tensor: Tensor) -> None:
+    """Make `tensor` the decoder's parameter or buffer of this name."""
+    owner, _, leaf = name.rpartition(".")
+    module = decoder.get_submodule(owner)
+    setattr(module, leaf, tensor if leaf in module._buffers else nn.Parameter(tensor))
+
+
+def stored_tensors(decoder: Decoder) -> dict[str, Tensor]:
+    """What is read and written: parameters, and what routers learn without a gradient."""
+    buffers = {name: tensor for name, tensor in decoder.state_dict().items() if isinstance(tensor, Tensor)}
+    parameters = dict(decoder.named_parameters())
+    return parameters | {name: tensor for name, tensor in buffers.items() if name not in parameters}
 
 
 def empty_decoder(config: ModelConfig, num_tensors: int, where: str) -> Decoder:
@@ -137,7 +161,7 @@ def _plan(decoder: Decoder, layout: Layout, source: Source, where: str) -> dict[
     """Every parameter's pieces, after checking that the files hold exactly those, in the right shapes."""
     plan: dict[str, list[Piece]] = {}
     wanted: dict[str, tuple[int, ...]] = {}
-    for name, parameter in decoder.named_parameters():
+    for name, parameter in stored_tensors(decoder).items():
         fused = layout.fused_name(name) in source.shapes
         plan[name] = []
         for piece in layout.pieces(name, decoder.config, fused=fused):
@@ -158,7 +182,7 @@ def _plan(decoder: Decoder, layout: Layout, source: Source, where: str) -> dict[
 def _refuse_extra(decoder: Decoder, layout: Layout, extra: set[str], where: str) -> None:
     # A tied head is often stored a second time, and old files carry buffers such as the rotary frequencies.
     tied_head = {layout.outer["head.weight"]} if decoder.head is None else set()
-    kept = (name for name in extra - tied_head if not any(fnmatchcase(name, each) for each in layout.ignored))
+    kept = (name for name in extra - tied_head if not _is_ignored(name, layout, decoder.config))
     left = sorted(map(shown, kept))
     if left:
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
@@ -166,6 +190,10 @@ def _refuse_extra(decoder: Decoder, layout: Layout, extra: set[str], where: str)
             f"{where}: the configuration has no place for {', '.join(left[:3])}{more}; "
             "the model has more layers or experts than it says, or is of another family"
         )
+
+
+def _is_ignored(name: str, layout: Layout, config: ModelConfig) -> bool:
+    return any(fnmatchcase(name, each.format(layers=config.num_hidden_layers)) for each in layout.ignored)
 
 
 def _assemble(shape: torch.Size, pieces: list[Piece], source: Source, where: str, dtype: torch.dtype | None) -> Tensor:

@@ -18,7 +18,7 @@ from moekit.models.archs import ARCHS, config_to_hf
 from moekit.models.decoder import Decoder
 from moekit.models.layout import Piece, stored_shape
 from moekit.models.safetensors_file import write_safetensors
-from moekit.models.weights import INDEX, PACKED_WEIGHTS, SINGLE
+from moekit.models.weights import INDEX, PACKED_WEIGHTS, SINGLE, stored_tensors
 
 __all__ = ["remove_stale", "save_decoder"]
 
@@ -85,9 +85,9 @@ class _DiskTensor:
 def _disk_tensors(decoder: Decoder) -> dict[str, _DiskTensor]:
     """What is written under which name, in the decoder's order."""
     layout = ARCHS[decoder.config.arch].hf
-    parameters = dict(decoder.named_parameters())
+    parameters = stored_tensors(decoder)
     with torch.device("meta"):
-        expected = dict(Decoder(decoder.config).named_parameters())
+        expected = stored_tensors(Decoder(decoder.config))
     odd = sorted(parameters.keys() ^ expected.keys())
     if odd:
         raise UnsupportedError(

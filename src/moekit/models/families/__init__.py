@@ -4,7 +4,20 @@ To add one: write its row in the module of its kin (or a new one, imported here)
 `Layout`, and give tests/models/twins.py a tiny model of it; every test of a family then runs on the new row.
 """
 
-from moekit.models.families import gpt2, llama, mixtral, olmo, qwen  # noqa: F401  (each registers its rows)
+from moekit.models.families import (  # noqa: F401  (each registers its rows)
+    dbrx,
+    deepseek,
+    glm,
+    gpt2,
+    granite,
+    grok,
+    hunyuan,
+    llama,
+    minimax,
+    mixtral,
+    olmo,
+    qwen,
+)
 from moekit.models.families.row import ARCHS, Arch
 
 __all__ = ["ARCHS", "Arch"]
