@@ -132,8 +132,9 @@ def _mlp(config: ModelConfig) -> int:
 
 
 def _router(moe: MoEConfig) -> int:
-    """The gate's rows; a selection bias is no parameter."""
-    return moe.options.gate_rows(moe.num_experts) * moe.hidden_size
+    """The gate's rows and their bias; a selection bias is no parameter."""
+    bias = 1 if getattr(moe.options, "gate_bias", False) else 0
+    return moe.options.gate_rows(moe.num_experts) * (moe.hidden_size + bias)
 
 
 def _experts(moe: MoEConfig) -> int:

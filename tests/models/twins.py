@@ -162,6 +162,31 @@ FAMILIES = {
         },
     ),
     "hunyuan_v1_moe": ("HunYuanMoEV1", {"num_experts": 6, "moe_topk": 3, "head_dim": 16, "pad_token_id": 0}),
+    "glm4_moe_lite": ("Glm4MoeLite", {**LATENT, **DEEPSEEK, "first_k_dense_replace": None, "n_shared_experts": 1}),
+    "granitemoeshared": (
+        "GraniteMoeShared",
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "shared_intermediate_size": 20,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "flex_olmo": (
+        "FlexOlmo",
+        {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True, "pad_token_id": 1, "eos_token_id": 2},
+    ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "head_dim": 16,
+            "sliding_window": 4,
+            "rope_parameters": {**YARN, "truncate": False},
+        },
+    ),
     "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "clip_qkv": 0.5, "pad_token_id": None}),
 }
 

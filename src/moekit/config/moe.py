@@ -122,7 +122,8 @@ class MoEConfig:
     capacity: CapacityConfig | None = None
     """How many tokens an expert may take; None, the default, is dropless."""
     expert: str = "swiglu"
-    """Name in the expert registry: swiglu (gate, up, down), mlp (up, down) or mixed (see expert_groups)."""
+    """Name in the expert registry: swiglu (gate, up, down), mlp (up, down), clamped_swiglu (gpt-oss) or mixed (see
+    expert_groups)."""
     expert_groups: tuple[ExpertGroup, ...] = ()
     """The layer's experts in order, where they differ; their counts add up to num_experts. Only for expert mixed."""
     activation: Activation = "silu"
@@ -180,6 +181,10 @@ class MoEConfig:
         check(self.num_shared_experts >= 0, f"num_shared_experts must be at least 0, not {self.num_shared_experts}")
         if self.shared_intermediate_size is not None:
             positive(self, "shared_intermediate_size")
+        check(
+            self.expert != "clamped_swiglu" or (self.num_shared_experts == 0 and self.activation == "silu"),
+            "expert clamped_swiglu has an activation of its own, and no shared experts",
+        )
         check(
             self.num_shared_experts > 0 or not (self.shared_gate or self.shared_intermediate_size),
             "shared_gate and shared_intermediate_size need num_shared_experts of at least 1",

@@ -111,6 +111,8 @@ class TopKOptions(GateOptions):
     source: ClassVar[str] = "1701.06538 eq 3–5, 2101.03961, 2401.04088"
     groups: GroupLimit | None = None
     """Limit the choice to some groups of experts, so that a token meets few devices."""
+    gate_bias: bool = False
+    """Add a learned bias to the logits (gpt-oss)."""
 
     def check(self, num_experts: int, top_k: int) -> None:
         if self.groups is not None:

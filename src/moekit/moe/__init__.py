@@ -2,7 +2,16 @@
 
 from moekit.moe import losses
 from moekit.moe.dispatch import Dispatcher, LocalDispatcher
-from moekit.moe.experts import EXPERTS, Experts, FreeExperts, GroupedMLP, GroupedSwiGLU, MixedExperts, SharedExperts
+from moekit.moe.experts import (
+    EXPERTS,
+    ClampedSwiGLU,
+    Experts,
+    FreeExperts,
+    GroupedMLP,
+    GroupedSwiGLU,
+    MixedExperts,
+    SharedExperts,
+)
 from moekit.moe.layer import MoE
 from moekit.moe.linear import Linear
 from moekit.moe.replay import RoutingRecord
@@ -16,6 +25,7 @@ __all__ = [
     "EXPERTS",
     "ROUTERS",
     "Choice",
+    "ClampedSwiGLU",
     "Dispatcher",
     "ExpertChoiceRouter",
     "Experts",

@@ -16,8 +16,18 @@ from moekit.moe.linear import Linear
 from moekit.moe.types import Routing
 from moekit.registry import Registry
 
-__all__ = ["EXPERTS", "Experts", "FreeExperts", "GroupedMLP", "GroupedSwiGLU", "MixedExperts", "SharedExperts"]
+__all__ = [
+    "EXPERTS",
+    "ClampedSwiGLU",
+    "Experts",
+    "FreeExperts",
+    "GroupedMLP",
+    "GroupedSwiGLU",
+    "MixedExperts",
+    "SharedExperts",
+]
 
+SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
 EXPERTS: Registry[type[GroupedMLP | MixedExperts]] = Registry("expert kind")
 
 
@@ -162,6 +172,22 @@ class GroupedSwiGLU(GroupedMLP):
     def _act(self, hidden_RG: Tensor) -> Tensor:
         gate_RF, up_RF = hidden_RG.chunk(2, dim=-1)
         return kernels.activate(gate_RF, self.activation) * up_RF
+
+
+@EXPERTS.register("clamped_swiglu")
+class ClampedSwiGLU(GroupedSwiGLU):
+    """GroupedSwiGLU with limits and a shifted up: down · (g · σ(1.702 · g) ⊙ (u + 1)), where g is gate · x and its bias,
+    at most 7, and u is up · x and its bias, limited to ±7 (openai/gpt-oss, gpt_oss/torch/model.py, swiglu).
+    """
+
+    def can_decode(self, x_TD: Tensor, routing: Routing) -> bool:
+        """No: the fused op does not know the limits."""
+        return False
+
+    def _act(self, hidden_RG: Tensor) -> Tensor:
+        gate_RF, up_RF = hidden_RG.chunk(2, dim=-1)
+        gate_RF, up_RF = gate_RF.clamp(max=SWIGLU_LIMIT), up_RF.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+        return gate_RF * torch.sigmoid(SWIGLU_ALPHA * gate_RF) * (up_RF + 1)
 
 
 class FreeExperts(Experts):

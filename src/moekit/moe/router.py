@@ -72,7 +72,8 @@ class Noise:
 class Router(nn.Module):
     """What every router does; a kind overrides `_score`, `_choose`, `_weigh` or `after_step`.
 
-    Parameter `weight` (gate rows, D) keeps its own dtype; the product is fp32 even under autocast. Buffers named in
+    Parameter `weight` (gate rows, D), and `bias` (gate rows) if the options ask for one, keep their own dtype; the
+    product is fp32 even under autocast. Buffers named in
     `fp32_buffers` stay fp32 through `.to(bfloat16)` and are saved with the weights.
     """
 
@@ -84,10 +85,11 @@ class Router(nn.Module):
         self.options: Any = config.options
         rows = config.options.gate_rows(config.num_experts)
         self.weight = nn.Parameter(torch.empty(rows, config.hidden_size)) if rows else None
+        self.bias = nn.Parameter(torch.zeros(rows)) if getattr(config.options, "gate_bias", False) else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the gate's rows from N(0, init_scale / D) (2101.03961 §2.4 uses a scale of 0.1)."""
+        """Draw the gate's rows from N(0, init_scale / D) (2101.03961 §2.4 uses a scale of 0.1); no bias at first."""
         if self.weight is not None:
             nn.init.normal_(self.weight, std=(self.config.router_init_scale / self.weight.shape[1]) ** 0.5)
 
@@ -130,14 +132,15 @@ class Router(nn.Module):
         return Scores(logits_TE, logits_TE + self.options.noise_std * noise.normal(*logits_TE.shape))
 
     def _product(self, x_TD: Tensor, noise: Noise | None) -> Tensor:
-        """x · Wᵀ in fp32 (fp64 for fp64)."""
+        """x · Wᵀ + b in fp32 (fp64 for fp64)."""
         assert self.weight is not None
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         x_TD = x_TD.to(wide)
         jitter = getattr(self.options, "jitter", 0.0)
         if noise is not None and jitter:
             x_TD = x_TD * (1 + jitter * (2 * noise.uniform(*x_TD.shape) - 1))
-        return x_TD @ self.weight.to(wide).T
+        logits_TE = x_TD @ self.weight.to(wide).T
+        return logits_TE if self.bias is None else logits_TE + self.bias.to(wide)
 
     def _selection(self, gate_TE: Tensor) -> Tensor:
         """What the experts of a token are ranked by; −inf puts one out of the question."""

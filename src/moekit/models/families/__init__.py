@@ -9,6 +9,7 @@ from moekit.models.families import (  # noqa: F401  (each registers its rows)
     deepseek,
     glm,
     gpt2,
+    gpt_oss,
     granite,
     grok,
     hunyuan,

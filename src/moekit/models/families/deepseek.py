@@ -1,4 +1,7 @@
-"""DeepSeek: many small experts beside shared ones, the first layers dense; V2 and V3 with latent attention."""
+"""DeepSeek: many small experts beside shared ones, the first layers dense; V2 and V3 with latent attention.
+
+GLM-4.7 Flash (glm4_moe_lite) is V3 with other numbers.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from moekit.config import (
     TopKOptions,
     YarnRope,
 )
-from moekit.errors import UnsupportedError
+from moekit.errors import UnsupportedError, shown
 from moekit.models.families.common import moe_of, read_rope
 from moekit.models.families.row import Arch
 from moekit.models.keys import Keys, unsupported
@@ -220,6 +223,24 @@ def _write_v3(config: ModelConfig) -> dict[str, Any]:
     return {**_write_latent(config), "rope_interleave": config.rope.interleaved}
 
 
+def _read_glm_lite(keys: Keys) -> dict[str, Any]:
+    kinds = keys.optional("mlp_layer_types")
+    found = _read_v3(keys)
+    if kinds is None:
+        return found
+    layers = keys.whole("num_hidden_layers")
+    known = isinstance(kinds, list) and len(kinds) == layers and all(kind in ("dense", "sparse") for kind in kinds)
+    unsupported(keys, not known, f"mlp_layer_types {shown(kinds)}", f"{layers} of 'dense' and 'sparse'")
+    return {**found, "dense_layers": tuple(layer for layer, kind in enumerate(kinds) if kind == "dense")}
+
+
+def _write_glm_lite(config: ModelConfig) -> dict[str, Any]:
+    kinds = ["sparse" if config.is_moe_layer(layer) else "dense" for layer in range(config.num_hidden_layers)]
+    values = {**_write_v3(config), "mlp_layer_types": kinds}
+    del values["first_k_dense_replace"]
+    return values
+
+
 _DEFAULTS = {"rope_theta": 10_000.0, "rms_norm_eps": 1e-6}
 _LATENT_LAYOUT = Layout(
     HF_OUTER,
@@ -267,5 +288,25 @@ Arch(
     },
     read=_read_v3,
     write=_write_v3,
+    hf=_LATENT_LAYOUT,
+).register()
+
+Arch(
+    model_type="glm4_moe_lite",
+    architecture="Glm4MoeLiteForCausalLM",
+    defaults={
+        "rope_theta": 10_000.0,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "norm_topk_prob": True,
+        "rope_interleave": True,
+        "routed_scaling_factor": 1.8,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 768,
+        "n_shared_experts": 1,
+    },
+    read=_read_glm_lite,
+    write=_write_glm_lite,
     hf=_LATENT_LAYOUT,
 ).register()

@@ -1,4 +1,4 @@
-"""OLMoE: norms over all of the queries and of the keys, and a limit on both and on the values."""
+"""OLMoE and FlexOlmo: norms over all of the queries and of the keys; FlexOlmo norms what attention and experts give."""
 
 from __future__ import annotations
 
@@ -36,6 +36,14 @@ def _write_olmoe(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _read_flex(keys: Keys) -> dict[str, Any]:
+    return {**_read_olmoe(keys), "attention": AttentionConfig(qk_norm_over="all"), "norm_place": "after"}
+
+
+def _write_flex(config: ModelConfig) -> dict[str, Any]:
+    return {name: value for name, value in _write_olmoe(config).items() if name != "clip_qkv"}
+
+
 Arch(
     model_type="olmoe",
     architecture="OlmoeForCausalLM",
@@ -52,6 +60,32 @@ Arch(
         HF_OUTER,
         HF_PREFIX,
         HF_ATTENTION | {"mlp.router.weight": "mlp.gate.weight"},
+        experts=HF_EXPERTS,
+        fused=HF_FUSED,
+    ),
+).register()
+
+Arch(
+    model_type="flex_olmo",
+    architecture="FlexOlmoForCausalLM",
+    defaults={
+        "rope_theta": 500_000.0,
+        "rms_norm_eps": 1e-6,
+        "pad_token_id": 100_277,
+        "eos_token_id": 100_257,
+        "router_aux_loss_coef": 0.01,
+    },
+    read=_read_flex,
+    write=_write_flex,
+    hf=Layout(
+        HF_OUTER,
+        HF_PREFIX,
+        HF_ATTENTION
+        | {
+            "attn_out_norm.weight": "post_attention_layernorm.weight",
+            "mlp_out_norm.weight": "post_feedforward_layernorm.weight",
+            "mlp.router.weight": "mlp.gate.weight",
+        },
         experts=HF_EXPERTS,
         fused=HF_FUSED,
     ),
