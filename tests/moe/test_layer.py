@@ -187,5 +187,7 @@ def test_errors_name_what_was_wrong():
         make()(torch.randn(3, 11, dtype=torch.float64))
     with pytest.raises(UnknownNameError, match=r"unknown router 'best'; choose from: .*topk"):
         make(router="best")
-    with pytest.raises(UnknownNameError, match="unknown expert kind 'big'; choose from: mixed, mlp, swiglu"):
+    with pytest.raises(
+        UnknownNameError, match="unknown expert kind 'big'; choose from: clamped_swiglu, mixed, mlp, swiglu"
+    ):
         make(expert="big")

@@ -44,10 +44,9 @@ def save_decoder(
         UnsupportedError: the layout cannot express the model.
         FileError: it could not be written.
     """
-    config = decoder.config
+    stored = dtype or decoder.norm.weight.dtype
+    values = config_to_hf(decoder.config, str(stored).removeprefix("torch."))
     tensors = _disk_tensors(decoder)
-    stored = dtype or decoder.embed.weight.dtype
-    values = config_to_hf(config, str(stored).removeprefix("torch."))
     shards = _shards(tensors, max_shard_bytes, dtype)
     with replacing_folder(folder, last="config.json") as temporary:
         for name, names in shards.items():

@@ -176,8 +176,8 @@ class GroupedSwiGLU(GroupedMLP):
 
 @EXPERTS.register("clamped_swiglu")
 class ClampedSwiGLU(GroupedSwiGLU):
-    """GroupedSwiGLU with limits and a shifted up: down · (g · σ(1.702 · g) ⊙ (u + 1)), where g is gate · x and its bias,
-    at most 7, and u is up · x and its bias, limited to ±7 (openai/gpt-oss, gpt_oss/torch/model.py, swiglu).
+    """With limits and a shifted up: down · (g · σ(1.702 · g) ⊙ (u + 1)), where g is gate · x and its bias, at most 7,
+    and u is up · x and its bias, limited to ±7 (openai/gpt-oss, gpt_oss/torch/model.py, swiglu).
     """
 
     def can_decode(self, x_TD: Tensor, routing: Routing) -> bool:
