@@ -23,17 +23,6 @@ struct Block {
 std::mutex guard;
 Block kept;
 
-// Ask for large pages behind an array that is about to be written for the first time: fewer page faults.
-void prefer_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  const auto begin = reinterpret_cast<std::uintptr_t>(memory);
-  const auto whole = (begin + kLargePage - 1) / kLargePage * kLargePage;
-  if (begin + bytes < whole + kLargePage) return;
-  const size_t size = (begin + bytes - whole) / kLargePage * kLargePage;
-  madvise(reinterpret_cast<void*>(whole), size, MADV_HUGEPAGE);  // a wish: nothing is lost when it is refused
-#endif
-}
-
 Block allocate(size_t bytes) {
   const size_t page = bytes < kLargePage ? 64 : kLargePage;
   const size_t size = (bytes + page - 1) / page * page;
@@ -85,6 +74,16 @@ void* thread_scratch(size_t bytes) {
     mine.block = allocate(bytes);
   }
   return mine.block.memory;
+}
+
+void prefer_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const auto begin = reinterpret_cast<std::uintptr_t>(memory);
+  const auto whole = (begin + kLargePage - 1) / kLargePage * kLargePage;
+  if (begin + bytes < whole + kLargePage) return;
+  const size_t size = (begin + bytes - whole) / kLargePage * kLargePage;
+  madvise(reinterpret_cast<void*>(whole), size, MADV_HUGEPAGE);  // a wish: nothing is lost when it is refused
+#endif
 }
 
 void populate([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {

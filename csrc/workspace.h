@@ -33,6 +33,9 @@ class Workspace {
 // This thread's own, at least so large; what was in it is lost.
 void* thread_scratch(size_t bytes);
 
+// Ask for large pages behind an array that is about to be written for the first time: fewer page faults.
+void prefer_large_pages(void* memory, size_t bytes);
+
 // Bring an array that is about to be written for the first time into memory at once, not fault by fault.
 void populate(void* memory, size_t bytes);
 
