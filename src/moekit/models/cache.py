@@ -35,9 +35,9 @@ class KVCache:
         (B, H, length + L, d)."""
         count = new_BHLd[0].shape[2]
         buffer, end = self.room(layer, count), self.length + count
-        for part, new in zip(buffer, new_BHLd, strict=True):
-            part[:, :, self.length : end] = new
-        return tuple(part[:, :, :end] for part in buffer)
+        for number, new in enumerate(new_BHLd):  # an index each: views of one call may not be changed under a gradient
+            buffer[number, :, :, self.length : end] = new
+        return tuple(buffer[number, :, :, :end] for number in range(len(new_BHLd)))
 
     def room(self, layer: int, count: int) -> Tensor:
         """One layer's keys and values (2, B, H, capacity, d; of MLA 1, B, 1, capacity, r), contiguous, with room for
