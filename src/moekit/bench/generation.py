@@ -136,7 +136,7 @@ def _contenders(
         path = files.gguf(format) if LlamaCpp.installed() else Path()  # where it is missing it says so
         makers = {
             "moekit": lambda: _Ours(files.packed(format), work),
-            f"llama.cpp {GGUF_TYPES[format].upper()}": lambda: _Llama(path, files.config, work, stack),
+            _llama_name(format): lambda: _Llama(path, files.config, work, stack),
         }
     else:
         decoder = files.plain()
@@ -184,7 +184,8 @@ class _Ours:
 class _Llama:
     def __init__(self, path: Path, config: ModelConfig, work: Workload, stack: ExitStack) -> None:
         threads, context = torch.get_num_threads(), -(-work.longest // 256) * 256
-        self._peer = stack.enter_context(LlamaCpp(path, threads=threads, context=context))
+        peer = LlamaCpp(path, threads=threads, context=context, repack=_may_repack())
+        self._peer = stack.enter_context(peer)
         self.nbytes = bytes_of_file(path, config, work.middle)
 
     def prompt(self, ids: Sequence[int]) -> Tensor:
@@ -193,6 +194,14 @@ class _Llama:
 
     def step(self, token: int) -> object:
         return self._peer.feed([token])
+
+
+def _may_repack() -> bool:
+    return not torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
+def _llama_name(format: str) -> str:
+    return f"llama.cpp {GGUF_TYPES[format].upper()}{'' if _may_repack() else ', no repacking'}"
 
 
 class _Transformers:

@@ -82,8 +82,8 @@ class LlamaCpp:
         threads: for one token and for many.
         context: positions it can hold; also the most tokens of one `feed`.
         cache: type of the key–value cache, f16 as llama.cpp has it by default, or f32.
-        repack: whether it may copy weights into layouts for this CPU. With AMX it then keeps a tile configuration in
-            each OpenMP thread, which PyTorch shares and resets: in a process that has computed with both it is killed.
+        repack: whether it may copy weights into layouts for this CPU. Compiled by GCC 12, its AMX kernels end the
+            process with an illegal instruction, on their own too: leave it off where the CPU has AMX.
     Raises:
         MissingExtraError: llama-cpp-python is not installed.
         FileError: llama.cpp does not load the file.
