@@ -11,6 +11,7 @@ import torch
 
 from moekit import bench, cli
 from moekit.bench import FULL, ModelFiles, Workload, decoders, generation
+from moekit.bench.generation import llama_name
 from moekit.bench.plot import draw
 from moekit.kernels import cpu
 
@@ -54,10 +55,7 @@ def test_packed_without_the_peer(files, format, monkeypatch):
     said: list[str] = []
     (row,) = generation(files, format, LIMITS, cases=["decode"], work=WORK, missing=said.append)
     assert (row.contender, row.of_peer) == ("moekit", None)
-    assert said == [
-        f"llama.cpp {decoders.GGUF_TYPES[format].upper()} is left out: llama-cpp-python is not installed: "
-        "pip install 'moekit[peers]'"
-    ]
+    assert said == [f"{llama_name(format)} is left out: llama-cpp-python is not installed: pip install 'moekit[peers]'"]
     assert not (files.folder / f"{format}.gguf").exists()
 
 
@@ -66,7 +64,7 @@ def test_packed_without_the_peer(files, format, monkeypatch):
 @pytest.mark.parametrize("format", ["int4", "int8"])
 def test_packed_beside_llama_cpp(files, format):
     rows = generation(files, format, LIMITS, work=WORK)
-    assert [row.contender for row in rows] == ["moekit", f"llama.cpp {decoders.GGUF_TYPES[format].upper()}"] * 2
+    assert [row.contender for row in rows] == ["moekit", llama_name(format)] * 2
     assert all(abs(row.kl) < 0.01 for row in rows)
 
 

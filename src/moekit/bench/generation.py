@@ -20,7 +20,7 @@ from moekit.errors import MissingExtraError
 from moekit.models.cache import KVCache
 from moekit.models.decoder import Decoder
 
-__all__ = ["FORMATS", "GenerationRow", "Workload", "generation"]
+__all__ = ["FORMATS", "GenerationRow", "Workload", "generation", "llama_name"]
 
 Case = Literal["decode", "prefill"]
 FORMATS = ("int4", "int8", "bf16")
@@ -136,7 +136,7 @@ def _contenders(
         path = files.gguf(format) if LlamaCpp.installed() else Path()  # where it is missing it says so
         makers = {
             "moekit": lambda: _Ours(files.packed(format), work),
-            _llama_name(format): lambda: _Llama(path, files.config, work, stack),
+            llama_name(format): lambda: _Llama(path, files.config, work, stack),
         }
     else:
         decoder = files.plain()
@@ -200,7 +200,8 @@ def _may_repack() -> bool:
     return not torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
-def _llama_name(format: str) -> str:
+def llama_name(format: str) -> str:
+    """llama.cpp in this format, as its rows say it."""
     return f"llama.cpp {GGUF_TYPES[format].upper()}{'' if _may_repack() else ', no repacking'}"
 
 
