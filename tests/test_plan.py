@@ -1,13 +1,31 @@
 """Parameter counts against real modules, published figures and hand-written sums."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moekit.config import ROUTER_OPTIONS, ExpertGroup, ModelConfig, MoEConfig
+from moekit.config import ROUTER_OPTIONS, AttentionConfig, ExpertGroup, MLAConfig, ModelConfig, MoEConfig
+from moekit.errors import UnknownNameError
 from moekit.models.decoder import Decoder
 from moekit.moe import MoE
-from moekit.plan import BITS_PER_WEIGHT, flops_per_token, kv_cache_bytes, parameters, weight_bytes
+from moekit.plan import (
+    FORMATS,
+    Case,
+    SwitchConfig,
+    advise,
+    decode_bound,
+    find,
+    flops_per_token,
+    kv_cache_bytes,
+    kv_cache_bytes_read,
+    parameters,
+    part_bytes,
+    prefill_bound,
+    published,
+    training_flops,
+)
 from tolerances import rel
 
 
@@ -150,12 +168,171 @@ def test_a_tied_head_costs_work_but_no_parameters():
 
 
 def test_bytes():
-    assert weight_bytes(SMOLLM2_135M)["bfloat16"] == 2 * 134_515_008
-    assert weight_bytes(SMOLLM2_135M)["float32"] == 4 * 134_515_008
-    assert list(weight_bytes(SMOLLM2_135M)) == list(BITS_PER_WEIGHT)
-    # 32 weights of 4 bits and one 16-bit scale
-    assert weight_bytes(SMOLLM2_135M)["int4"] == 134_515_008 // 32 * 18
+    assert part_bytes(SMOLLM2_135M, "bfloat16").total == 2 * 134_515_008
+    assert part_bytes(SMOLLM2_135M, "float32").total == 4 * 134_515_008
     assert kv_cache_bytes(SMOLLM2_135M, 1000) == 1000 * 30 * 2 * 3 * 64 * 2
+    # Codes, and a 16-bit scale for 64 or 32 weights, or an 8-bit one; nf4 has 64 bytes more for 16 rows.
+    for format, bits in {"int8": 8 + 16 / 64, "int4": 4 + 16 / 32, "mxfp4": 4 + 8 / 32, "nf4": 4 + 8 / 64}.items():
+        assert format in FORMATS
+        sizes = part_bytes(MIXTRAL_8X7B, format)
+        assert sizes.stored["experts"] == pytest.approx(45_097_156_608 * bits / 8, rel=2e-3)
+        assert sizes.stored["head"] == 131_072_000 * 8.25 / 8  # int8 in each
+        assert sizes.stored["router"] == 4 * 32 * 8 * 4096  # float32
+        assert sizes.read["experts"] * 4 == sizes.stored["experts"]
+    with pytest.raises(UnknownNameError, match="unknown format 'int5'"):
+        part_bytes(SMOLLM2_135M, "int5")
+
+
+def test_a_token_reads_its_row_of_the_embedding_and_all_of_a_tied_one():
+    tied, untied = part_bytes(model(tie_word_embeddings=True), "float32"), part_bytes(model(), "float32")
+    assert tied.read["embedding"] == tied.stored["embedding"] == 4 * 50 * 16
+    assert (untied.read["embedding"], untied.read["head"]) == (4 * 16, 4 * 50 * 16)
+
+
+def test_bounds_by_hand():
+    sizes = part_bytes(SMOLLM2_135M, "bfloat16")
+    past = 100 * 30 * 2 * 3 * 64 * 2
+    assert decode_bound(SMOLLM2_135M, sizes, 1e9, 100) == pytest.approx(1e9 / (2 * 134_515_008 + past))
+    matrices = 49_152 * 576 + 30 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 576 * 1536)
+    work = 2 * matrices + 4 * 50 * 9 * 64 * 30
+    assert prefill_bound(SMOLLM2_135M, 1e9, 100) == pytest.approx(1e9 / work)
+
+
+def test_windows_and_latent_vectors_in_the_cache():
+    windowed = model(attention=AttentionConfig(window=10, window_layers=(1,)))
+    one = 2 * 2 * 8 * 2  # keys and values, heads, features, bytes
+    assert kv_cache_bytes(windowed, 100) == 2 * 100 * one
+    assert kv_cache_bytes_read(windowed, 100) == (100 + 10) * one
+    assert flops_per_token(windowed, 100) - flops_per_token(windowed) == 4 * 4 * 8 * (100 + 10)
+    mla = MLAConfig(kv_lora_rank=12, nope_head_dim=10, rope_head_dim=6, value_head_dim=14)
+    assert kv_cache_bytes(model(mla=mla, head_dim=6), 100) == 2 * 100 * (12 + 6) * 2
+
+
+def test_training_by_hand():
+    # GPT-3 (2005.14165 table D.1): 174.6 B parameters, 300 B tokens, 3.14e23 FLOPs
+    gpt3 = model(
+        vocab_size=50_257,
+        hidden_size=12_288,
+        intermediate_size=49_152,
+        num_hidden_layers=96,
+        num_attention_heads=96,
+        num_key_value_heads=96,
+        head_dim=128,
+        mlp_gated=False,
+        tie_word_embeddings=True,
+    )
+    assert training_flops(gpt3, 300e9) == pytest.approx(3.14e23, rel=rel("published"))
+
+
+PUBLISHED = {  # of the papers and model cards that the shipped files name: total, active
+    "mixtral-8x7b": (46.7e9, 12.9e9),
+    "deepseek-moe-16b": (16.4e9, 2.8e9),
+    "deepseek-v3": (671e9, 37e9),
+    "qwen3-30b-a3b": (30.5e9, 3.3e9),
+    "dbrx": (132e9, 36e9),
+    "grok-1": (314e9, None),
+    "olmoe-1b-7b": (6.9e9, 1.3e9),
+    "gpt-oss-20b": (20.9e9, 3.6e9),
+    "switch-base-128": (7.4e9, None),
+    "glam-64e": (1.2e12, 96.6e9),
+}
+
+
+def test_every_published_model_is_counted_as_its_publisher_does():
+    assert published().keys() == PUBLISHED.keys()
+    for name, (total, active) in PUBLISHED.items():
+        config, known = find(name)
+        count = parameters(config)
+        assert known.total == pytest.approx(total, rel=1e-3), name
+        if name == "glam-64e":  # two digits
+            assert round(count.total / 1e11) * 1e11 == total
+        else:
+            assert count.total == pytest.approx(total, rel=0.01), name
+        counted = count.active if known.active_counts == "all" else count.active_without_embeddings
+        assert (known.active is None) == (active is None)
+        assert active is None or counted == pytest.approx(active, rel=0.03), name
+        assert known.source
+
+
+def test_figures_that_publishers_break_down():
+    gpt_oss = parameters(find("gpt-oss-20b")[0])  # 2508.10925 table 1: MLP 19.12, attention 0.64, both embeddings 1.16
+    assert round((gpt_oss.parts["experts"] + gpt_oss.parts["router"]) / 1e9, 2) == 19.12
+    assert round(gpt_oss.parts["attention"] / 1e9, 2) == 0.64
+    assert round((gpt_oss.parts["embedding"] + gpt_oss.parts["head"]) / 1e9, 2) == 1.16
+    qwen = parameters(find("Qwen/Qwen3-30B-A3B")[0])  # its card: 29.9 B without embeddings
+    assert round((qwen.total - qwen.parts["embedding"] - qwen.parts["head"]) / 1e9, 1) == 29.9
+    assert parameters(find("grok-1")[0]).total == 315_684_820_992
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"d_model": 24, "d_kv": 6, "d_ff": 10, "num_heads": 3, "vocab_size": 50, "num_experts": 5},
+        {"d_ff": 10, "d_model": 8, "num_layers": 4, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 0},
+        {"d_ff": 10, "d_model": 8, "num_layers": 2, "num_decoder_layers": 3, "num_sparse_encoder_layers": 2},
+    ],
+    ids=str,
+)
+def test_switch_is_counted_as_transformers_builds_it(values):
+    import torch
+    from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+    theirs = SwitchTransformersConfig(**values)
+    with torch.device("meta"):
+        expected = SwitchTransformersForConditionalGeneration(theirs).num_parameters()
+    assert parameters(SwitchConfig.from_hf(theirs.to_dict(), "config.json")).total == expected
+
+
+GB = 10**9
+CASE = Case(
+    total=40 * GB,
+    active=10 * GB,
+    work=20 * GB,
+    dense_work=80 * GB,
+    weight_bytes=20 * GB,
+    cache_bytes=GB,
+    memory=24 * GB,
+    num_experts=8,
+    mean_k=2,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "choice", "because"),
+    [
+        ({}, "moe", "1/4.0 of the work"),
+        ({"memory": 16 * GB}, "dense", "memory is paid for all parameters"),
+        ({"memory": 4 * GB}, "neither", "does not fit either"),
+        ({"dense_work": 24 * GB}, "dense", "falls 1.20 times only"),
+        ({"tokens": 100e9}, "moe", "10.0 training tokens for each active parameter"),
+        ({"num_experts": 1, "mean_k": 1, "dense_work": 20 * GB}, "dense", "no room for experts"),
+        ({"num_experts": 1, "mean_k": 1, "memory": 64 * GB}, "dense", "moekit upcycle"),
+        ({"num_experts": 1, "mean_k": 1, "memory": 8 * GB}, "neither", "it takes 19.6 GiB"),
+    ],
+)
+def test_advice(changes, choice, because):
+    advice = advise(dataclasses.replace(CASE, **changes))
+    assert advice.choice == choice
+    assert any(because in reason for reason in advice.reasons)
+
+
+def test_a_batch_reads_most_experts():
+    # 1 − (1 − 2/8)^16
+    assert any("read about 99% of the experts" in reason for reason in advise(CASE).reasons)
+
+
+def test_a_name_is_a_path_or_shipped_or_in_the_cache(tmp_path, monkeypatch):
+    config, known = find("mixtral-8x7b")
+    assert find("MistralAI/mixtral-8x7B-v0.1") == (config, known)
+    (tmp_path / "config.json").write_text('{"model_type": "switch_transformers", "d_ff": 3072}')
+    assert find(tmp_path) == (SwitchConfig(d_ff=3072), None)
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: str(tmp_path / "config.json"))
+    assert find("google/switch-base-8") == (SwitchConfig(d_ff=3072), None)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    with pytest.raises(UnknownNameError, match=r"grok-1.*`moekit pull`"):
+        find("some/model")
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,19 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 import moekit
 from moekit.cli import main
 from moekit.commands import plan
+
+LIMITS = {"read": 1e9, "float32": 1e9, "bfloat16": 2e9, "int8": 4e9}
+
+
+@pytest.fixture(autouse=True)
+def limits(request, monkeypatch):
+    if "measures" not in request.node.name:
+        monkeypatch.setattr(plan, "_limits", lambda: LIMITS)
 
 
 def test_folder_and_file_give_the_counts_of_the_model(folders, capsys):
@@ -19,12 +29,61 @@ def test_folder_and_file_give_the_counts_of_the_model(folders, capsys):
         assert result["context"] == 4096
 
 
-def test_what_does_not_fit_is_said(folders, capsys, monkeypatch):
-    monkeypatch.setattr(plan, "available_memory", lambda: 150_000)
-    assert main(["plan", str(folders / "moe"), "--context", "100", "--json"]) == 0
+def test_what_does_not_fit_is_said(folders, capsys):
+    args = ["plan", str(folders / "moe"), "--context", "100"]
+    assert main([*args, "--memory", "150kB", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["kv_cache_bytes"] == 100 * 2 * 2 * 2 * 8 * 2
-    assert result["fits"] == {"float32": False, "bfloat16": True, "int8": True, "int4": True}
+    cache = 100 * 2 * 2 * 2 * 8 * 2
+    assert result["memory_bytes"] == 150_000
+    assert result["kv_cache_bytes"]["bfloat16"] == cache
+    assert result["fits"]["float32"] is False
+    assert result["fits"]["bfloat16"] is True
+    assert result["decode_tokens_per_second_at_most"]["float32"] is None
+    assert result["decode_tokens_per_second_at_most"]["bfloat16"] < 1e9 / cache
+    assert main([*args, "--memory", "80KiB", "--quant", "bfloat16", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    experts = result["part_bytes"]["bfloat16"]["experts"]
+    room = 80 * 1024 - cache - (result["weight_bytes"]["bfloat16"] - experts)
+    assert result["experts_that_fit"] == {"bfloat16": max(0.0, room / experts)}
+
+
+def test_one_format(folders, capsys):
+    assert main(["plan", str(folders / "moe"), "--quant", "int4-g64-asym", "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["fits"]) == ["int4-g64-asym"]
+
+
+def test_published_figures_stand_beside_the_count(capsys):
+    assert main(["plan", "gpt-oss-20b", "--memory", "16GB", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["active_params_without_embeddings"] == 3_608_307_264
+    assert result["published"]["active_counts"] == "without input embeddings"
+    assert abs(result["published"]["active_difference"]) < 0.001
+    assert main(["plan", "gpt-oss-20b", "--memory", "16GB"]) == 0
+    assert "3.6 B active without input embeddings" in " ".join(capsys.readouterr().out.split())
+
+
+def test_switch_is_counted_though_it_cannot_run(capsys):
+    assert main(["plan", "switch-base-128", "--memory", "8GB"]) == 0
+    assert "7,415,217,408" in (out := capsys.readouterr().out)
+    assert "no decoder that runs it" in out
+
+
+def test_training_costs(folders, capsys):
+    args = ["plan", "mixtral-8x7b", "--tokens", "1e12", "--flops-per-second", "4e14", "--price-per-hour", "2"]
+    assert main([*args, "--json"]) == 0
+    training = json.loads(capsys.readouterr().out)["training"]
+    assert training["flops"] == 6 * 12_748_853_248 * 1e12
+    assert training["hours"] == pytest.approx(6 * 12_748_853_248 * 1e12 / 4e14 / 3600)
+    assert training["price"] == pytest.approx(2 * training["hours"])
+    assert main(args) == 0
+    assert "Training on 1.0 T tokens: 7.65e+22 FLOPs" in capsys.readouterr().out
+
+
+def test_it_measures_this_machine(folders, capsys):
+    assert main(["plan", str(folders / "moe"), "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)["measured"]
+    assert measured.keys() == LIMITS.keys()
+    assert all(1e7 < rate < 1e16 for rate in measured.values())
 
 
 def test_people_see_tables(folders, capsys):
@@ -40,13 +99,23 @@ def test_a_gguf_file(samples, capsys):
     assert json.loads(capsys.readouterr().out)["total_params"] == 134_515_008
 
 
-def test_torch_stays_out(folders):
-    code = f"import sys; from moekit.cli import main; main(['plan', {str(folders / 'moe')!r}])"
+def test_counting_needs_no_torch(folders):
+    code = f"import sys; from moekit.plan import find, parameters; parameters(find({str(folders / 'moe')!r})[0])"
     code += "; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_mistakes_are_one_line(folders, capsys, tmp_path):
-    assert main(["plan", str(tmp_path)]) == 2
-    assert main(["plan", str(folders / "moe"), "--context", "0"]) == 2
-    assert capsys.readouterr().err.splitlines()[1] == "moekit: context must be at least 1, not 0"
+    moe = str(folders / "moe")
+    for args, message in (
+        ([str(tmp_path)], "has no config.json"),
+        (["no/model"], "`moekit pull` downloads a model"),
+        ([moe, "--context", "0"], "context must be at least 1, not 0"),
+        ([moe, "--memory", "much"], "a size is written 16GB, 900MB or 16GiB, not 'much'"),
+        ([moe, "--quant", "int5"], "unknown format 'int5'"),
+        ([moe, "--tokens", "0"], "tokens must be above 0"),
+        ([moe, "--price-per-hour", "1"], "give --tokens too"),
+    ):
+        assert main(["plan", *args]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from pathlib import Path
 
-__all__ = ["available_memory", "cores", "instruction_sets", "processor", "readable_bytes", "total_memory"]
+from moekit.errors import ConfigError
+
+__all__ = [
+    "available_memory",
+    "cores",
+    "instruction_sets",
+    "parse_bytes",
+    "processor",
+    "readable_bytes",
+    "total_memory",
+]
 
 INSTRUCTION_SETS = {
     "avx2": "AVX2",
@@ -70,6 +81,23 @@ def readable_bytes(count: float) -> str:
     units = ("B", "KiB", "MiB", "GiB", "TiB")
     power = min(max(int(count).bit_length() - 1, 0) // 10, len(units) - 1)
     return f"{count / 1024**power:.{min(power, 1)}f} {units[power]}"
+
+
+def parse_bytes(text: str) -> int:
+    """A size as people write it: GB is 1000³ bytes, GiB (or G) 1024³.
+
+    Raises:
+        ConfigError: it is none.
+
+    >>> parse_bytes("16GB"), parse_bytes("1.5 GiB"), parse_bytes("900m")
+    (16000000000, 1610612736, 943718400)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?", text.strip().lower())
+    unit = 1000 if found and found[3] == "b" else 1024
+    size = int(float(found[1]) * unit ** " kmgt".index(found[2] or " ")) if found else 0
+    if size < 1:
+        raise ConfigError(f"a size is written 16GB, 900MB or 16GiB, not {text!r}")
+    return size
 
 
 def _read(path: str) -> str:

@@ -2,112 +2,207 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from moekit.commands.machine import available_memory, readable_bytes
-from moekit.commands.options import ModelPath
+import tyro
+
+from moekit.commands.machine import available_memory, parse_bytes
 from moekit.config import ModelConfig
 from moekit.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moekit.plan import ParameterCount
+    from moekit.plan import PartBytes, Published
 
 KV_TOKENS = 1000
+ADVISED = "int4"
+"""The format that advice is given for, unless --quant says another: what `moekit pack` makes by default."""
 
 
 @dataclass(frozen=True)
 class Options:
     """Count a model's parameters, memory and work from its configuration alone; no weight is read."""
 
-    model: ModelPath
-    """Folder in Hugging Face layout, its config.json, or a .gguf file."""
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ID")]
+    """A published model that moekit knows (mixtral-8x7b; a wrong one lists them), a folder in Hugging Face layout, its
+    config.json, a .gguf file, or a name on the Hub whose config.json is in the local cache."""
+    memory: str | None = None
+    """Memory to plan for, as in 16GB or 16GiB; what is free here unless given."""
+    quant: str | None = None
+    """One format to plan for, as in `moekit pack` (int4-g64-asym), float32 or bfloat16; the usual ones unless given."""
     context: int = 4096
     """Positions a conversation may hold, for the cache's memory and the work of attention."""
+    tokens: float | None = None
+    """Tokens to train on (2e12), for the cost of training."""
+    flops_per_second: float | None = None
+    """FLOP/s that training reaches, all devices together; this machine's matrix product unless given."""
+    price_per_hour: float | None = None
+    """Price of an hour of those devices, for the money."""
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
     """Print the tables; returns every figure."""
-    from moekit.models.archs import read_config
-    from moekit.plan import flops_per_token, kv_cache_bytes, parameters, weight_bytes
+    from moekit.commands import plan_tables
+    from moekit.plan import FORMATS, find, parameters, part_bytes
 
-    if options.context < 1:
-        raise ConfigError(f"context must be at least 1, not {options.context}")
-    config = read_config(options.model)
+    _check(options)
+    memory = available_memory() if options.memory is None else parse_bytes(options.memory)
+    config, known = find(options.model)
     count = parameters(config)
-    context = min(options.context, config.max_position_embeddings)
-    memory, weights = available_memory(), weight_bytes(config)
-    cache = kv_cache_bytes(config, context)
-    fits = {name: size + cache <= memory for name, size in weights.items()}
-    _print_parameters(config, count, console)
-    _print_costs(config, weights, fits, context, console)
-    return {
-        "arch": config.arch,
+    result: dict[str, Any] = {
+        "arch": config.arch if isinstance(config, ModelConfig) else "switch_transformers",
         "total_params": count.total,
         "active_params": count.active,
+        "total_params_without_embeddings": count.total_without_embeddings,
+        "active_params_without_embeddings": count.active_without_embeddings,
         "parts": dict(count.parts),
         "active_parts": dict(count.active_parts),
+        "published": None if known is None else _published(known),
+        "memory_bytes": memory,
+    }
+    plan_tables.print_parameters(config, result, console)
+    sizes = [part_bytes(config, format) for format in ([options.quant] if options.quant else FORMATS)]
+    result |= {
+        "weight_bytes": {each.format: each.total for each in sizes},
+        "part_bytes": {each.format: dict(each.stored) for each in sizes},
+    }
+    if isinstance(config, ModelConfig):
+        with console.status("measuring this machine"):
+            limits = _limits()
+        result |= _run_figures(config, sizes, memory, min(options.context, config.max_position_embeddings), limits)
+        result["advice"] = _advice(config, options.quant or ADVISED, options.tokens, result)
+        result |= _training(config, options, limits)
+    else:
+        result["fits"] = {each.format: each.total <= memory for each in sizes}
+    plan_tables.print_costs(config, result, console)
+    return result
+
+
+def _check(options: Options) -> None:
+    if options.context < 1:
+        raise ConfigError(f"context must be at least 1, not {options.context}")
+    for name in ("tokens", "flops_per_second", "price_per_hour"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name} must be above 0, not {value}")
+    if options.tokens is None and (options.price_per_hour or options.flops_per_second):
+        raise ConfigError("price_per_hour and flops_per_second are for the cost of training: give --tokens too")
+
+
+def _published(known: Published) -> dict[str, Any]:
+    total, active = known.differences
+    return {
+        "id": known.name,
+        "repository": known.repository,
+        "total_params": known.total,
+        "total_counts": known.total_counts,
+        "total_difference": total,
+        "active_params": known.active,
+        "active_counts": known.active_counts,
+        "active_difference": active,
+        "source": known.source,
+        "note": known.note,
+    }
+
+
+def _limits() -> dict[str, float]:
+    """Bytes a second from memory, and FLOP/s of a product, in two seconds: `moekit bench limits` measures longer."""
+    import torch
+
+    from moekit.bench import gemm_rate, int8_gemm_rate, read_bandwidth
+
+    return {
+        "read": read_bandwidth(1 << 28, repeats=3),
+        "float32": gemm_rate(torch.float32, largest=1024, repeats=3),
+        "bfloat16": gemm_rate(torch.bfloat16, largest=1024, repeats=3),
+        "int8": int8_gemm_rate(largest=1024, repeats=3),
+    }
+
+
+def _run_figures(
+    config: ModelConfig, sizes: list[PartBytes], memory: int, context: int, limits: Mapping[str, float]
+) -> dict[str, Any]:
+    """Cache, work, what fits, and the bounds of speed; those of a format that does not fit are None."""
+    from moekit.plan import decode_bound, flops_per_token, kv_cache_bytes, kv_cache_bytes_read, prefill_bound
+
+    cache = {each.format: kv_cache_bytes(config, context, each.cache_value) for each in sizes}
+    fits = {each.format: each.total + cache[each.format] <= memory for each in sizes}
+    room = {each.format: memory - cache[each.format] - each.total + each.stored["experts"] for each in sizes}
+    return {
         "context": context,
         "flops_per_token": flops_per_token(config),
         "flops_per_token_at_context": flops_per_token(config, context),
         "training_flops_per_token": 3 * flops_per_token(config),
-        "weight_bytes": weights,
         "kv_cache_bytes_per_1000_tokens": kv_cache_bytes(config, KV_TOKENS),
+        "kv_cache_bytes_read_per_1000_tokens": kv_cache_bytes_read(config, KV_TOKENS),
         "kv_cache_bytes": cache,
-        "available_memory_bytes": memory,
+        "bytes_read_per_token": {each.format: each.per_token for each in sizes},
         "fits": fits,
+        "experts_that_fit": {
+            each.format: max(0.0, min(1.0, room[each.format] / each.stored["experts"]))
+            for each in sizes
+            if each.stored["experts"]
+        },
+        "measured": dict(limits),
+        "decode_tokens_per_second_at_most": {
+            each.format: decode_bound(config, each, limits["read"], context) if fits[each.format] else None
+            for each in sizes
+        },
+        "prefill_tokens_per_second_at_most": {
+            each.format: prefill_bound(config, _rate(limits, each.format), context) if fits[each.format] else None
+            for each in sizes
+        },
     }
 
 
-def _print_parameters(config: ModelConfig, count: ParameterCount, console: Console) -> None:
-    from rich.table import Table
-
-    table = Table("part", title=f"{config.arch}: {_count(count.total)} parameters", title_justify="left")
-    table.add_column("parameters", justify="right")
-    table.add_column("work on a token", justify="right")
-    for part, number in count.parts.items():
-        if number:
-            table.add_row(part, f"{number:,}", f"{count.active_parts[part]:,}")
-    table.add_section()
-    table.add_row("all", f"{count.total:,}", f"{count.active:,}", style="bold")
-    console.print(table)
-    if config.moe is not None:
-        share = count.active / count.total
-        console.print(
-            f"{len(config.moe_layers)} of {config.num_hidden_layers} layers have {config.moe.num_experts} experts, "
-            f"of which {config.moe.top_k} work on a token: {share:.0%} of the parameters."
-        )
+def _rate(limits: Mapping[str, float], format: str) -> float:
+    """Of the product that a format may use: a quantised one the fastest there is."""
+    if format in ("float32", "bfloat16"):
+        return limits[format]
+    return max(limits["float32"], limits["bfloat16"], limits["int8"])
 
 
-def _print_costs(
-    config: ModelConfig, weights: dict[str, int], fits: dict[str, bool], context: int, console: Console
-) -> None:
-    from rich.table import Table
+def _advice(config: ModelConfig, format: str, tokens: float | None, result: Mapping[str, Any]) -> dict[str, Any]:
+    from moekit.plan import Case, advise, kv_cache_bytes, part_bytes
 
-    from moekit.plan import flops_per_token, kv_cache_bytes
-
-    cache = kv_cache_bytes(config, context)
-    table = Table("weights as")
-    for column in ("weights", f"with a cache of {context:,} tokens"):
-        table.add_column(column, justify="right")
-    table.add_column("fits here")
-    for name, size in weights.items():
-        verdict = "[green]yes[/]" if fits[name] else "[red]no[/]"
-        table.add_row(name, readable_bytes(size), readable_bytes(size + cache), verdict)
-    console.print(table)
-    near, far = flops_per_token(config), flops_per_token(config, context)
-    console.print(f"Cache: {readable_bytes(kv_cache_bytes(config, KV_TOKENS))} for 1,000 tokens (16-bit).")
-    console.print(
-        f"Work: {_count(near)} FLOPs a token, {_count(far)} after {context:,} tokens; training {_count(3 * near)}."
+    sizes = part_bytes(config, format)
+    work = result["flops_per_token"]
+    resting = result["parts"]["experts"] - result["active_parts"]["experts"]
+    moe = config.moe
+    case = Case(
+        total=result["total_params"],
+        active=result["active_params"],
+        work=work,
+        dense_work=work + 2 * resting,
+        weight_bytes=sizes.total,
+        cache_bytes=kv_cache_bytes(config, result["context"], sizes.cache_value),
+        memory=result["memory_bytes"],
+        num_experts=moe.num_experts if moe else 1,
+        mean_k=moe.options.mean_k(moe.top_k) if moe else 1,
+        tokens=tokens,
     )
-    console.print(f"This machine has {readable_bytes(available_memory())} of memory free.")
+    return {"format": format, **dataclasses.asdict(advise(case))}
 
 
-def _count(number: float) -> str:
-    """46,702,792,704 → 46.7 B."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return str(int(number))
+def _training(config: ModelConfig, options: Options, limits: Mapping[str, float]) -> dict[str, Any]:
+    from moekit.plan import training_flops
+
+    if options.tokens is None:
+        return {"training": None}
+    flops = training_flops(config, options.tokens)
+    rate = options.flops_per_second or max(limits["float32"], limits["bfloat16"])
+    hours, price = flops / rate / 3600, options.price_per_hour
+    return {
+        "training": {
+            "tokens": options.tokens,
+            "flops": flops,
+            "flops_per_second": rate,
+            "hours": hours,
+            "price_per_hour": price,
+            "price": None if price is None else hours * price,
+        }
+    }

@@ -19,7 +19,7 @@ from moekit.models.gguf_archs import gguf_config
 from moekit.models.gguf_file import GGUFFile
 from moekit.models.keys import ACTIVATION_NAMES, Keys, packed_by_us, refuse_inexpressible, refuse_unread
 
-__all__ = ["ARCHS", "Arch", "config_to_hf", "is_packed", "read_config", "write_config"]
+__all__ = ["ARCHS", "Arch", "config_from_hf", "config_to_hf", "is_packed", "read_config", "write_config"]
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
@@ -37,7 +37,21 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     if path.is_dir() and not (path / "config.json").exists():
         raise FileError(f"{path} has no config.json: give a folder in Hugging Face layout, or a .gguf file")
     file = path / "config.json" if path.is_dir() else path
-    return _hf_config(read_json(file), str(file))
+    return config_from_hf(read_json(file), str(file))
+
+
+def config_from_hf(values: Mapping[str, Any], source: str) -> ModelConfig:
+    """The configuration that the keys of config.json say; `source` is what errors call it. Raises as `read_config`."""
+    arch = ARCHS[Keys(values, source).values.get("model_type") or "(no model_type)"]
+    keys = Keys(values, source, arch.defaults, arch.names)
+    if keys.whole("num_hidden_layers") > _MAX_LAYERS:
+        raise FormatError(f"{source}: num_hidden_layers must be at most {_MAX_LAYERS}")
+    try:
+        config = ModelConfig(**{"arch": arch.model_type, **_common(keys), **arch.read(keys)})
+    except ConfigError as error:
+        raise FormatError(f"{source}: {error}") from None
+    refuse_unread(keys)
+    return config
 
 
 def is_packed(path: str | os.PathLike[str]) -> bool:
@@ -78,7 +92,7 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         "pad_token_id": config.pad_token_id,
         **arch.write(config),
     }
-    refuse_inexpressible(config, _hf_config(values, "config.json"))
+    refuse_inexpressible(config, config_from_hf(values, "config.json"))
     return values
 
 
@@ -95,19 +109,6 @@ _SAME = (
     "rms_norm_eps",
     "tie_word_embeddings",
 )
-
-
-def _hf_config(values: Mapping[str, Any], source: str) -> ModelConfig:
-    arch = ARCHS[Keys(values, source).values.get("model_type") or "(no model_type)"]
-    keys = Keys(values, source, arch.defaults, arch.names)
-    if keys.whole("num_hidden_layers") > _MAX_LAYERS:
-        raise FormatError(f"{source}: num_hidden_layers must be at most {_MAX_LAYERS}")
-    try:
-        config = ModelConfig(**{"arch": arch.model_type, **_common(keys), **arch.read(keys)})
-    except ConfigError as error:
-        raise FormatError(f"{source}: {error}") from None
-    refuse_unread(keys)
-    return config
 
 
 def _common(keys: Keys) -> dict[str, Any]:
