@@ -1,91 +1,142 @@
-"""`moekit inspect`: what a model is made of, and which experts take which tokens of a text."""
+"""`moekit inspect`: what a model is made of, and which experts take which tokens of one text or of several."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from moekit.commands.heat import heat_table
+import tyro
+
 from moekit.commands.machine import readable_bytes
-from moekit.commands.options import DType, ModelPath
+from moekit.commands.options import DType
+from moekit.commands.routes import Routes
 from moekit.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from moekit.engine import Model
-    from moekit.train.monitor import RoutingMonitor
-
-ROW_TOKENS = 1024
-SHOWN_TOKENS = 24
+    from moekit.engine import Model, TraceRow
 
 
 @dataclass(frozen=True)
 class Options:
-    """Show a model's shape and, for a text, the work of its experts."""
+    """Show a model's shape and, for one text or several, the work of its experts."""
 
-    model: ModelPath
+    model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = None
     """Folder in Hugging Face layout, or a .gguf file."""
-    text: Path | None = None
-    """A text file to route."""
+    text: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILES")] = ()
+    """Text files to route, each PATH or NAME=PATH; files of one NAME are one text, and texts are compared."""
     prompt: str | None = None
-    """A text to route, instead of a file."""
+    """A text to route, instead of files."""
     max_tokens: int = 4096
-    """How much of the text to route."""
+    """How much of each text to route."""
     png: Path | None = None
     """Also draw the work of the experts to this file."""
+    save_trace: Path | None = None
+    """Also write which experts each token took to this file."""
+    trace: Path | None = None
+    """Show what --save-trace wrote, without a model."""
     dtype: DType | None = None
     """Compute in this format; the stored one when not given."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """Which experts worked: the counts of each MoE layer, and for each token one row of expert ids a layer."""
-
-    monitor: RoutingMonitor
-    tokens: list[str]
-    experts: list[list[list[int]]]
-
-
 def run(options: Options, console: Console) -> dict[str, Any]:
-    """Print facts, heat map and tokens; returns them all."""
-    import moekit
-
+    """Print facts, heat map, texts, pairs and tokens; returns them all."""
     _check(options)
-    text = options.prompt if options.text is None else _read_text(options.text)
-    model = moekit.load(options.model, dtype=options.dtype)
-    result: dict[str, Any] = {"facts": _facts(model), "work": None}
-    for name, value in result["facts"].items():
-        console.print(f"[bold]{name:<18}[/] ", end="")
-        console.print(f"{value:,}" if isinstance(value, int) else str(value), markup=False, highlight=False)
-    if text is None:
-        return result
-    if not model.config.moe_layers:
-        if options.png is not None:
-            raise UnsupportedError("this model is dense: it has no experts to draw")
+    if options.trace is not None:
+        return _show_trace(options.trace, options, console)
+    import moekit
+    from moekit.engine import TraceHead, TraceWriter
+
+    texts = _texts(options)
+    model = moekit.load(str(options.model), dtype=options.dtype)
+    facts = _facts(model)
+    _print_facts(facts, console)
+    if not texts:
+        return {"facts": facts, "work": None}
+    if model.config.moe is None or not model.config.moe_layers:
+        if options.png is not None or options.save_trace is not None:
+            raise UnsupportedError("this model is dense: it has no experts to draw or to trace")
         console.print("This model is dense: every parameter works on every token.")
-        return result
-    work = _route(model, text, options.max_tokens)
-    console.print(heat_table(work.monitor.counts_ME.tolist(), work.monitor.layers))
-    _print_tokens(work, console)
+        return {"facts": facts, "work": None}
+    head = TraceHead(tuple(model.config.moe_layers), model.config.moe.num_experts, tuple(texts), facts)
+    routes, pieces = Routes(head), dict[int, str]()
+    with ExitStack() as stack:
+        writer = None if options.save_trace is None else stack.enter_context(TraceWriter(options.save_trace))
+        for number, paths in enumerate(texts.values()):
+            for row in _rows(model, number, paths, options):
+                routes.add(row)
+                for token in set(row.tokens_T.tolist()) - pieces.keys():
+                    pieces[token] = model.tokenizer.decode([token])
+                if writer is not None:
+                    writer.add(row)
+        if writer is not None:
+            writer.finish(head, pieces)
+    return _show(routes, pieces, options, console)
+
+
+def _show_trace(path: Path, options: Options, console: Console) -> dict[str, Any]:
+    from moekit.engine import RoutingTrace
+
+    trace = RoutingTrace(path)
+    routes = Routes(trace.head)
+    for row in trace.rows():
+        routes.add(row)
+    _print_facts(trace.head.facts, console)
+    return _show(routes, trace.pieces, options, console)
+
+
+def _show(routes: Routes, pieces: dict[int, str], options: Options, console: Console) -> dict[str, Any]:
+    routes.show(pieces, console)
     if options.png is not None:
-        work.monitor.save_heatmap(options.png)
+        from moekit.commands.routes_plot import draw
+
+        draw(routes, options.png)
         console.print(f"drawn to {options.png}", markup=False, highlight=False)
-    result["work"] = {"layers": work.monitor.as_dict(), "tokens": work.tokens, "experts": work.experts}
-    return result
+    if options.save_trace is not None:
+        console.print(f"trace in {options.save_trace}", markup=False, highlight=False)
+    return {"facts": dict(routes.head.facts), "work": routes.as_dict(pieces)}
 
 
 def _check(options: Options) -> None:
-    if options.text is not None and options.prompt is not None:
+    routed = bool(options.text) or options.prompt is not None
+    if options.trace is not None:
+        if options.model is not None or routed or options.save_trace is not None or options.dtype is not None:
+            raise ConfigError("--trace shows what was saved: give no MODEL, --text, --prompt, --save-trace or --dtype")
+        return
+    if options.model is None:
+        raise ConfigError("give a MODEL, or --trace FILE to see a saved trace")
+    if options.text and options.prompt is not None:
         raise ConfigError("give --text or --prompt, not both")
-    if options.png is not None and options.text is None and options.prompt is None:
-        raise ConfigError("--png draws the experts' work on a text: give --text or --prompt too")
+    for flag, path in (("--png", options.png), ("--save-trace", options.save_trace)):
+        if path is not None and not routed:
+            raise ConfigError(f"{flag} is about the experts' work on a text: give --text or --prompt too")
     if options.max_tokens < 1:
         raise ConfigError(f"max_tokens must be at least 1, not {options.max_tokens}")
 
 
-def _facts(model: Model) -> dict[str, Any]:
+def _texts(options: Options) -> dict[str, list[Path]]:
+    """Names of texts to their files; a prompt has none."""
+    if options.prompt is not None:
+        return {"prompt": []}
+    texts: dict[str, list[Path]] = {}
+    bare: set[str] = set()
+    for one in options.text:
+        name, equals, path = one.partition("=")
+        named = bool(equals) and not Path(one).exists()
+        name, path = (name, path) if named else (Path(one).stem, one)
+        if name in bare or (not named and name in texts):
+            raise ConfigError(f"several texts are called {name}: tell them apart, or make them one, with NAME=PATH")
+        bare |= set() if named else {name}
+        texts.setdefault(name, []).append(Path(path))
+    return texts
+
+
+def _facts(model: Model) -> dict[str, str | int]:
     from moekit.adapt import packed_formats
     from moekit.plan import parameters
 
@@ -94,7 +145,7 @@ def _facts(model: Model) -> dict[str, Any]:
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.decoder.parameters()} | {*formats.values()})
     tensors = [*model.decoder.parameters(), *(model.decoder.get_buffer(name) for name in formats)]
     stored = sum(tensor.nbytes for tensor in tensors)
-    facts: dict[str, Any] = {
+    facts: dict[str, str | int] = {
         "architecture": config.arch,
         "parameters": count.total,
         "active parameters": count.active,
@@ -115,47 +166,35 @@ def _facts(model: Model) -> dict[str, Any]:
     return facts
 
 
-def _read_text(path: Path) -> str:
-    from moekit.files import file_errors
+def _print_facts(facts: Mapping[str, str | int], console: Console) -> None:
+    for name, value in facts.items():
+        console.print(f"[bold]{name:<18}[/] ", end="")
+        console.print(f"{value:,}" if isinstance(value, int) else value, markup=False, highlight=False)
 
-    with file_errors(path, "read"):
-        return path.read_text(errors="replace")
+
+def _rows(model: Model, text: int, paths: list[Path], options: Options) -> Iterator[TraceRow]:
+    """Run a text through the model in rows that fit its context; a file begins a new row.
+
+    Raises:
+        ConfigError: it is empty.
+    """
+    from moekit.engine.trace import MAX_ROW
+    from moekit.train.data import text_pieces
+
+    size, left = min(MAX_ROW, model.config.max_position_embeddings), options.max_tokens
+    for source in map(text_pieces, paths) if paths else [iter([options.prompt or ""])]:
+        tokens = islice(chain.from_iterable(map(model.tokenizer.encode, source)), left)
+        while ids := list(islice(tokens, size)):
+            left -= len(ids)
+            yield _row(model, text, ids)
+    if left == options.max_tokens:
+        raise ConfigError("the text is empty: there is nothing to route")
 
 
-def _route(model: Model, text: str, max_tokens: int) -> Work:
-    """Run the text through the model in rows that fit its context, and keep who took what."""
+def _row(model: Model, text: int, ids: list[int]) -> TraceRow:
     import torch
 
-    from moekit.train.monitor import RoutingMonitor
+    from moekit.engine.trace import row_of
 
-    assert model.config.moe is not None
-    ids = model.tokenizer.encode(text)[:max_tokens]
-    if not ids:
-        raise ConfigError("the text is empty: there is nothing to route")
-    row = min(ROW_TOKENS, model.config.max_position_embeddings)
-    monitor = RoutingMonitor(model.config.moe_layers, model.config.moe.num_experts)
-    experts: list[list[list[int]]] = []
     with torch.inference_mode():
-        for start in range(0, len(ids), row):
-            features = model.decoder.features(torch.tensor([ids[start : start + row]]))
-            monitor.update(features.routings)
-            experts += torch.stack([routing.expert_ids_TK for routing in features.routings], dim=1).tolist()
-    tokens = [model.tokenizer.decode([token]) for token in ids]
-    return Work(monitor, tokens, experts)
-
-
-def _print_tokens(work: Work, console: Console) -> None:
-    """The first tokens and their experts, in the first, middle and last MoE layer."""
-    from rich.table import Table
-    from rich.text import Text
-
-    last = len(work.monitor.layers) - 1
-    columns = sorted({0, last // 2, last})
-    table = Table(
-        "token", *(f"layer {work.monitor.layers[column]}" for column in columns), title="experts of each token"
-    )
-    for token, rows in list(zip(work.tokens, work.experts, strict=True))[:SHOWN_TOKENS]:
-        table.add_row(Text(repr(token)), *(", ".join(map(str, rows[column])) for column in columns))
-    console.print(table)
-    if len(work.tokens) > SHOWN_TOKENS:
-        console.print(f"the first {SHOWN_TOKENS} of {len(work.tokens):,} tokens; --json has them all", highlight=False)
+        return row_of(text, ids, model.decoder.features(torch.tensor([ids])).routings)

@@ -6,15 +6,20 @@ from moekit.engine.generation import Stream
 from moekit.engine.sampler import Sampler
 from moekit.engine.session import Session
 from moekit.engine.stats import GenerationStats
+from moekit.engine.trace import RoutingTrace, TraceHead, TraceRow, TraceWriter
 
 __all__ = [
     "ChosenToken",
     "Completion",
     "GenerationStats",
     "Model",
+    "RoutingTrace",
     "Sampler",
     "Session",
     "Stream",
     "TokenLogprob",
+    "TraceHead",
+    "TraceRow",
+    "TraceWriter",
     "load",
 ]

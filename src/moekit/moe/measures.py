@@ -1,7 +1,7 @@
-"""How a layer's routing was spread, how far its router has moved, and how alike its experts are.
+"""How a layer's routing was spread, over texts and pairs too; how far its router has moved; how alike its experts are.
 
 Pure functions of counts and weights; what they cost does not grow with the size of the model: of large tensors a
-fixed sample is read, the same one every time. Shapes: E experts.
+fixed sample is read, the same one every time. Shapes: E experts, N texts (domains), T tokens, K experts a token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,20 @@ from torch import Tensor
 
 from moekit.moe.types import RoutingTotals
 
-__all__ = ["Drift", "ExpertStack", "LayerRouting", "RouterDrift", "Similarity", "expert_similarity"]
+__all__ = [
+    "Drift",
+    "ExpertPair",
+    "ExpertStack",
+    "LayerRouting",
+    "RouterDrift",
+    "Similarity",
+    "Specialisation",
+    "domain_shares",
+    "expected_pairs",
+    "expert_pairs",
+    "expert_similarity",
+    "pair_counts",
+]
 
 TWINS = 1e-6
 """Experts whose cosine is this close to 1 are one and the same: they differ by a thousandth of their norm."""
@@ -182,6 +195,131 @@ def expert_similarity(
         twins=int((cosines_P > 1 - TWINS).sum()),
         pairs=cosines_P.numel(),
     )
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """How differently texts of N domains use one layer's experts. With q_d the distribution of domain d's assignments
+    over the experts, q̄ the mean of all q_d, so that a long text weighs no more than a short one, and H in bits:"""
+
+    layer: int
+    bits: float
+    """H(q̄) − Σ H(q_d) / N: the Jensen-Shannon divergence of the q_d with equal weights (Lin 1991, IEEE Trans. Inf.
+    Theory 37:145, section V), which is the mutual information of domain and expert when all domains are as likely.
+    From 0, all domains alike, to log2 min(N, E), no expert shared."""
+    chance: float
+    """What `bits` would be on average if there were no difference and every assignment, n_d of domain d, were drawn
+    alone from q̄: (N−1)(E'−1) / (2 N² ln 2) · Σ 1/n_d, E' experts in use (the leading term; Miller 1955)."""
+    domains: tuple[float, ...]
+    """Σ q_d log2(q_d / q̄) of each domain, its divergence from the mean; `bits` is the mean of these."""
+
+    @classmethod
+    def of(cls, layer: int, counts_NE: Tensor) -> Specialisation:
+        """The measures of these counts; a domain without assignments has divergence 0 and is left out of all means.
+
+        >>> Specialisation.of(0, torch.tensor([[8, 0], [0, 2]])).bits
+        1.0
+        """
+        totals_N = counts_NE.sum(dim=1).double()
+        used_N = totals_N > 0
+        domains = int(used_N.sum())
+        q_NE = counts_NE[used_N].double() / totals_N[used_N, None]
+        mean_E = q_NE.mean(dim=0) if domains else q_NE.sum(dim=0)
+        divergence_N = totals_N.new_zeros(len(totals_N))
+        divergence_N[used_N] = torch.where(q_NE > 0, q_NE * (q_NE / mean_E).log2(), 0).sum(dim=1).clamp(min=0)
+        freedom = (domains - 1) * (int((mean_E > 0).sum()) - 1)
+        chance = (
+            freedom / (2 * math.log(2) * domains**2) * totals_N[used_N].reciprocal().sum().item() if domains else 0.0
+        )
+        return cls(layer, divergence_N.sum().item() / max(domains, 1), chance, tuple(divergence_N.tolist()))
+
+
+def domain_shares(counts_NE: Tensor) -> Tensor:
+    """(N, E) float64: the share of each expert's work that came from each domain, were all domains of one size.
+
+    q_d(e) / Σ q(e) over the domains, with q_d(e) the share of domain d's assignments that expert e got (which is, up to
+    the factor K, the "domain specialization" of 2409.02060). A column sums to 1, or is 0 for an expert without work.
+
+    >>> domain_shares(torch.tensor([[30, 10], [1, 3]])).tolist()
+    [[0.75, 0.25], [0.25, 0.75]]
+    """
+    q_NE = counts_NE.double() / counts_NE.sum(dim=1, keepdim=True).clamp(min=1)
+    total_E = q_NE.sum(dim=0)
+    return torch.where(total_E > 0, q_NE / total_E, 0)
+
+
+def pair_counts(expert_ids_TK: Tensor, num_experts: int) -> Tensor:
+    """(E, E) int64: how many tokens took both experts; the diagonal has how many took the one.
+
+    Args:
+        expert_ids_TK: whole numbers, each expert of a token once; −1 where a token took fewer than K.
+        num_experts: E.
+
+    >>> pair_counts(torch.tensor([[0, 1], [1, -1]]), 3).tolist()
+    [[1, 1, 0], [1, 2, 0], [0, 0, 0]]
+    """
+    assert len(expert_ids_TK) < 1 << 24  # up to there fp32 counts exactly
+    ids_TK = expert_ids_TK.long()
+    taken_TE = torch.zeros(len(ids_TK), num_experts + 1)
+    taken_TE.scatter_(1, torch.where(ids_TK < 0, num_experts, ids_TK), 1.0)
+    taken_TE = taken_TE[:, :num_experts]
+    return (taken_TE.T @ taken_TE).long()
+
+
+def expected_pairs(pairs_EE: Tensor, steps: int = 1000) -> Tensor:
+    """(E, E) float64: the pair counts if experts were taken independently of each other; 0 on the diagonal.
+
+    The K experts of a token are distinct, so n_i n_j / T is no fair yardstick: it is too large even for experts drawn
+    at random. Quasi-independence is (Goodman 1968, J. Am. Stat. Assoc. 63:1091): a_i a_j off the diagonal, with a such
+    that each expert is in as many pairs as it was. For K = 2 that is two independent draws, drawn again when equal.
+
+    Args:
+        pairs_EE: as from `pair_counts`; its diagonal is not read.
+        steps: at most so many rounds of the fit.
+
+    >>> expected_pairs(torch.tensor([[9, 4, 2], [4, 9, 2], [2, 2, 9]])).round(decimals=6).tolist()
+    [[0.0, 4.0, 2.0], [4.0, 0.0, 2.0], [2.0, 2.0, 0.0]]
+    """
+    sums_E = pairs_EE.to(torch.float64, copy=True).fill_diagonal_(0).sum(dim=1)
+    a_E = sums_E / sums_E.sum().clamp(min=1).sqrt()
+    for _ in range(steps):
+        others_E = a_E.sum() - a_E
+        # The mean of old and new in logarithms: the new alone swings between two answers for ever.
+        new_E = torch.where(sums_E > 0, (a_E * sums_E / others_E).sqrt(), 0)
+        moved = (new_E - a_E).abs().max()
+        a_E = new_E
+        if moved <= 1e-12 * a_E.max():
+            break
+    return torch.outer(a_E, a_E).fill_diagonal_(0)
+
+
+@dataclass(frozen=True)
+class ExpertPair:
+    """Two experts of one layer that took the same token `together` times, against `expected` (see `expected_pairs`)."""
+
+    layer: int
+    experts: tuple[int, int]
+    together: int
+    expected: float
+
+    @property
+    def lift(self) -> float:
+        """How many times as often as expected."""
+        return self.together / self.expected if self.expected else 0.0
+
+
+def expert_pairs(layer: int, pairs_EE: Tensor, top: int) -> list[ExpertPair]:
+    """The `top` pairs that were together most beyond what was expected, first the one with most tokens more.
+
+    >>> [pair.experts for pair in expert_pairs(0, torch.tensor([[5, 4, 1], [4, 5, 1], [1, 1, 2]]), top=1)]
+    [(0, 1)]
+    """
+    expected_EE = expected_pairs(pairs_EE)
+    first_P, second_P = torch.triu_indices(len(pairs_EE), len(pairs_EE), offset=1)
+    excess_P = (pairs_EE - expected_EE)[first_P, second_P]
+    best = excess_P.sort(descending=True, stable=True).indices[:top].tolist()
+    pairs = [(int(first_P[i]), int(second_P[i])) for i in best]
+    return [ExpertPair(layer, (i, j), int(pairs_EE[i, j]), expected_EE[i, j].item()) for i, j in pairs]
 
 
 def _cosines(stack: ExpertStack, experts: int, values: int) -> tuple[Tensor, Tensor, Tensor] | None:

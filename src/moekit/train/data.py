@@ -25,7 +25,17 @@ from moekit.config import DataConfig
 from moekit.errors import DataError, FileError, MissingExtraError
 from moekit.files import file_errors, replacing_folder
 
-__all__ = ["IGNORED", "Batch", "Rows", "TextTokenizer", "TrainingData", "find_files", "prepare", "tokenise"]
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Rows",
+    "TextTokenizer",
+    "TrainingData",
+    "find_files",
+    "prepare",
+    "text_pieces",
+    "tokenise",
+]
 
 IGNORED = -100
 """The label of a position that teaches nothing: the last token of a document."""
@@ -265,10 +275,10 @@ def _documents(path: Path, text_field: str) -> Iterator[Iterable[str]]:
         return ([text] for text in _parquet(path, text_field))
     if suffix == ".jsonl":
         return ([text] for text in _json_lines(path, text_field))
-    return iter([_pieces(path)])
+    return iter([text_pieces(path)])
 
 
-def _pieces(path: Path) -> Iterator[str]:
+def text_pieces(path: Path) -> Iterator[str]:
     """A text file in pieces of about a MiB, cut after a line, so that a file of any size fits."""
     lines: list[str] = []
     size = 0

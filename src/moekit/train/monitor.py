@@ -133,7 +133,13 @@ class RoutingMonitor:
         layers, experts = self.counts_ME.shape
         figure = Figure(figsize=(min(4 + 0.3 * experts, 16), min(3 + 0.25 * layers, 12)), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
+        self.draw(figure.add_subplot())
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=120, format="png")
+
+    def draw(self, axes: Any) -> None:
+        """The heat map of `save_heatmap` on axes of matplotlib."""
+        layers, experts = self.counts_ME.shape
         mean_M1 = self.counts_ME.double().mean(dim=1, keepdim=True).clamp(min=1e-9)
         ratios_ME = (self.counts_ME / mean_M1).numpy()
         image = axes.imshow(ratios_ME, cmap="viridis", vmin=0, vmax=max(2.0, ratios_ME.max()), aspect="auto")
@@ -141,9 +147,7 @@ class RoutingMonitor:
         axes.set_yticks(range(layers), labels=[str(layer) for layer in self.layers])
         if experts <= 32:
             axes.set_xticks(range(experts))
-        figure.colorbar(image, ax=axes, label="times an even share")
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=120, format="png")
+        axes.figure.colorbar(image, ax=axes, label="times an even share")
 
 
 def to_jsonl(report: Iterable[LayerRouting], step: int) -> str:
