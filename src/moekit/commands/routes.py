@@ -195,7 +195,7 @@ def _pair_table(pairs: list[ExpertPair]) -> Table:
         table.add_column(name, justify="right")
     for pair in pairs:
         first, second = pair.experts
-        counted = (f"{pair.together:,}", f"{pair.expected:,.0f}", f"{pair.lift:.2f}")
+        counted = (f"{pair.together:,}", f"{pair.expected:,.1f}", f"{pair.lift:.2f}")
         table.add_row(str(pair.layer), f"{first} and {second}", *counted)
     return table
 
