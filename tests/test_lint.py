@@ -290,6 +290,7 @@ def test_transformers_really_leaves_the_loss_out():
         ({"capacity": {"factor": 0.5}}, {}, "capacity_below_one"),
         ({"capacity": {"factor": 1.25}}, {}, "capacity_looks_ahead"),
         ({"router": "sigmoid", "router_options": {"bias_rate": 0.0}}, {}, "bias_frozen"),
+        ({"router": "topk", "router_options": {"bias": True, "bias_rate": 0.0}}, {}, "bias_frozen"),
         ({"router": "top_p", "gate_order": "softmax_topk"}, {}, "k_unknown"),
         ({"routed_scaling_factor": 2.5}, {}, "scaled_weights"),
         ({"top_k": 8}, {}, "all_chosen"),

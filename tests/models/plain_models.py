@@ -39,7 +39,7 @@ class PlainModel(nn.Module):
     def __getitem__(self, name):
         return self.weights[name.replace(".", "/")]
 
-    def num_parameters(self):
+    def num_parameters(self, only_trainable):
         return sum(each.numel() for each in self.parameters())
 
     def forward(self, ids, labels=None):

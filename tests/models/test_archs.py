@@ -26,6 +26,7 @@ MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_expert
 QWEN2 = {**LLAMA, "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}
 GPT2 = {"model_type": "gpt2", "vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4}
 QWEN = {**LLAMA, "model_type": "qwen3_moe", "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 3}
+ERNIE = {**LLAMA, "model_type": "ernie4_5_moe", "moe_intermediate_size": 24, "moe_num_experts": 6, "moe_k": 3}
 
 
 @pytest.fixture
@@ -60,6 +61,11 @@ def test_expert_count_under_either_name_and_dense_layers(read):
     config = read(QWEN, num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3])
     assert config.dense_layers == (0, 2, 3, 4)
     assert config.moe_layers == (1, 5)
+    config = read(ERNIE, num_hidden_layers=9, moe_layer_interval=3, moe_layer_start_index=3)
+    assert config.moe_layers == (5, 8)
+    assert read(ERNIE, moe_layer_start_index=2).moe_layers == ()
+    with pytest.raises(FormatError, match="moe_layer_interval must be at least 1, not 0"):
+        read(ERNIE, moe_layer_interval=0)
 
 
 def test_gate_orders_are_the_families_own(read):
@@ -80,6 +86,8 @@ def test_gate_orders_are_the_families_own(read):
         (LLAMA, {"rope_scaling": {"type": ["linear"]}}, "rope_scaling of type"),
         (LLAMA, {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
+        (ERNIE, {"use_bias": True}, "use_bias True is not supported"),
+        (ERNIE, {"moe_norm_min": 1e-6}, "moe_norm_min 1e-06 is not supported; moekit computes 1e-12"),
         (QWEN2, {"layer_types": ["full_attention", "chunked_attention"]}, "a layer of type 'chunked_attention'"),
     ],
 )

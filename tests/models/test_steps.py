@@ -33,6 +33,7 @@ LAYERS = {
     "relu": {"activation": "relu"},
     # The Python router runs between two native calls.
     "sigmoid": {"router": "sigmoid", "router_options": SigmoidOptions()},
+    "selection bias": {"router_options": TopKOptions(bias=True)},
     "groups": {"num_experts": 8, "router_options": TopKOptions(groups=GroupLimit(groups=4, chosen=2))},
     "top_p": {"router": "top_p", "top_k": 4, "gate_order": "softmax_topk"},
     "hash": {"router": "hash"},
@@ -49,6 +50,9 @@ def decoder_with(moe=None, dtype=torch.float32, **options):
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.2)
+        for name, buffer in decoder.named_buffers():
+            if name.endswith("selection_bias"):
+                buffer.normal_(0.0, 0.2)
     return decoder.to(dtype)
 
 

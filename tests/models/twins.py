@@ -50,6 +50,13 @@ LATENT = {
     "qk_rope_head_dim": 6,
     "v_head_dim": 14,
 }
+ERNIE = {
+    "moe_intermediate_size": 20,
+    "moe_num_experts": 6,
+    "moe_k": 3,
+    "vocab_size": VOCAB + 1,
+    "pad_token_id": VOCAB,  # transformers gives its embedding no gradient: one that no test draws
+}
 
 # Every family, and every feature that a family may turn on: the contract of test_families.py runs on each.
 FAMILIES = {
@@ -140,6 +147,22 @@ FAMILIES = {
     ),
     "solar_open": ("SolarOpen", {**DEEPSEEK, "first_k_dense_replace": None, "intermediate_size": None, "head_dim": 8}),
     "dots1": ("Dots1", {**DEEPSEEK, "sliding_window": 5, "max_window_layers": 2, "head_dim": 16}),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        {**ERNIE, "moe_layer_start_index": 1, "moe_layer_interval": 1, "moe_num_shared_experts": 2},
+    ),
+    "ernie4_5_moe untied, every second but the last, nothing shared": (
+        "Ernie4_5_Moe",
+        {
+            **ERNIE,
+            "num_hidden_layers": 6,
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": 3,
+            "moe_layer_interval": 2,
+            "moe_num_shared_experts": 0,
+            "tie_word_embeddings": False,
+        },
+    ),
     "granitemoe": (
         "GraniteMoe",
         {

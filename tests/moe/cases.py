@@ -28,6 +28,8 @@ ROUTER_ROWS: dict[str, dict[str, dict[str, Any]]] = {
         "group max": {"router_options": {"groups": GroupLimit(groups=3, chosen=1, score="max")}},
         "noise": {"router_options": {"noise_std": 0.5}},
         "jitter": ALL | {"router_options": {"jitter": 0.1, "noise_std": 0.1}},
+        "selection bias": NORM | {"router_options": {"bias": True, "noise_std": 0.2}},
+        "selection bias, groups": ALL | {"router_options": {"bias": True, "groups": GroupLimit(groups=3, chosen=1)}},
     },
     "sigmoid": {
         "": {},

@@ -221,11 +221,11 @@ def softmax(values: list[float]) -> list[float]:
 
 
 def scores(router: Router, gate: list[float]) -> list[float]:
-    """The logits; or sigmoid(logit) + bias (2412.19437 eq 15–16)."""
-    if router.config.router != "sigmoid":
-        return gate
+    """The logits; or sigmoid(logit) + bias (2412.19437 eq 15–16); or, with a bias, their softmax + bias (ERNIE 4.5)."""
     bias = [0.0] * len(gate) if router.selection_bias is None else router.selection_bias.tolist()
-    return [1 / (1 + math.exp(-v)) + b for v, b in zip(gate, bias, strict=True)]
+    if router.config.router == "sigmoid":
+        return [1 / (1 + math.exp(-v)) + b for v, b in zip(gate, bias, strict=True)]
+    return gate if router.selection_bias is None else [p + b for p, b in zip(softmax(gate), bias, strict=True)]
 
 
 def inside_groups(config: MoEConfig, values: list[float]) -> list[float]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import ROUTED, by_token, make, params, run, token_ids
 from plain_routers import plain_routing, softmax
+from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import Ernie4_5_MoeConfig, Ernie4_5_MoeTopKRouter
 
 from moekit import MoEConfig
 from moekit.config import CapacityConfig, GroupLimit, TopPOptions
@@ -97,8 +98,9 @@ def test_a_group_counts_by_the_share_of_experts_that_it_gives():
     assert router(x).expert_ids_A.tolist() == [0, 6]
 
 
-def test_the_selection_bias_moves_by_the_sign_of_the_load_once_a_step_and_only_in_training():
-    router = router_of("sigmoid", router_options={"bias_rate": 0.25})
+@pytest.mark.parametrize("name", ["sigmoid", "topk"])
+def test_the_selection_bias_moves_by_the_sign_of_the_load_once_a_step_and_only_in_training(name):
+    router = router_of(name, router_options={"bias": True, "bias_rate": 0.25})
     totals = RoutingTotals(
         torch.tensor([9, 3, 6, 6]), torch.tensor([0, 0, 24, 0]), tokens=12
     )  # the kept ones do not count
@@ -107,7 +109,7 @@ def test_the_selection_bias_moves_by_the_sign_of_the_load_once_a_step_and_only_i
     router.eval().after_step(totals)
     assert router.selection_bias.tolist() == [-0.25, 0.25, 0.0, 0.0]
     # Loads that fp32 cannot hold: even is even, and one too many is one too many.
-    router = router_of("sigmoid", experts=3, top_k=1)
+    router = router_of(name, experts=3, top_k=1, gate_order="softmax_topk", router_options={"bias": True})
     router.after_step(RoutingTotals(*[torch.full((3,), 2**25 + 1)] * 2, tokens=1))
     assert router.selection_bias.tolist() == [0.0, 0.0, 0.0]
     router.after_step(RoutingTotals(*[torch.tensor([2**25, 2**25 + 1, 2**25])] * 2, tokens=1))
@@ -123,6 +125,26 @@ def test_the_selection_bias_has_no_gradient_and_does_not_weigh():
     assert set(after.expert_ids_A.tolist()) == {0, 1} != set(before.expert_ids_A.tolist())
     assert torch.equal(after.weights_TK, after.logits_TE.gather(1, after.expert_ids_TK).sigmoid())
     assert [name for name, _ in router.named_parameters()] == ["weight"]
+
+
+def test_experts_that_the_bias_alone_chose_weigh_as_in_ernie():
+    """Their probabilities are below moe_norm_min, or 0: transformers divides by 1e-12, and nothing is 0 / 0."""
+    sizes = {"hidden_size": 2, "moe_num_experts": 4, "moe_k": 2, "num_attention_heads": 1, "num_key_value_heads": 1}
+    theirs = Ernie4_5_MoeTopKRouter(Ernie4_5_MoeConfig(**sizes))
+    options = {"gate_order": "softmax_topk", "norm_topk_prob": True, "router_options": {"bias": True}}
+    router = router_of("topk", hidden=2, **options)
+    x = fixed(router, [40.0, 40.0, 11.0, 10.0], [400.0, 400.0, 0.0, -1.0])
+    router.selection_bias.copy_(torch.tensor([0.0, 0.0, 2.0, 1.5]))
+    with torch.no_grad():
+        theirs.weight.copy_(router.weight)
+        theirs.moe_statics.e_score_correction_bias.copy_(router.selection_bias)
+        _, weights_TK, ids_TK = theirs(x)
+    ours = router(x)
+    assert torch.equal(ours.expert_ids_TK, ids_TK)
+    assert ids_TK.tolist() == [[2, 3], [2, 3]]
+    assert 0 < weights_TK[0].sum() < 1
+    assert weights_TK[1].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(ours.weights_TK, weights_TK, **near("fp32 twin"))
 
 
 def test_the_bias_balances():

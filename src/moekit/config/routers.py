@@ -113,6 +113,18 @@ class TopKOptions(GateOptions):
     """Limit the choice to some groups of experts, so that a token meets few devices."""
     gate_bias: bool = False
     """Add a learned bias to the logits (gpt-oss)."""
+    bias: bool = False
+    """Keep the selection bias; its values are a buffer, always fp32, without gradient."""
+    bias_rate: float = 0.001
+    """How far the bias moves a step: up for experts below the mean, down for those above."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.bias_rate >= 0, f"bias_rate must be at least 0, not {self.bias_rate}")
+
+    @property
+    def balanced(self) -> bool:
+        return self.bias and self.bias_rate > 0
 
     def check(self, num_experts: int, top_k: int) -> None:
         if self.groups is not None:
@@ -128,16 +140,6 @@ class SigmoidOptions(TopKOptions):
     sigmoid: ClassVar[bool] = True
     bias: bool = True
     """Keep the selection bias; its values are a buffer, always fp32, without gradient."""
-    bias_rate: float = 0.001
-    """How far the bias moves a step: up for experts below the mean, down for those above."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.bias_rate >= 0, f"bias_rate must be at least 0, not {self.bias_rate}")
-
-    @property
-    def balanced(self) -> bool:
-        return self.bias and self.bias_rate > 0
 
 
 @ROUTER_OPTIONS.register("noisy_topk")

@@ -12,8 +12,8 @@ from moekit.config import (
     ModelConfig,
     MoEConfig,
     NoisyTopKOptions,
-    SigmoidOptions,
     SinkhornOptions,
+    TopKOptions,
     TopPOptions,
     TrainConfig,
     UpcycleConfig,
@@ -131,7 +131,7 @@ def _layer(moe: MoEConfig, *, causal: bool) -> Iterator[Finding]:
     if isinstance(options, GateOptions) and (options.jitter or options.noise_std):
         noise = " and ".join(name for name in ("jitter", "noise_std") if getattr(options, name))
         yield Finding("note", "jitter", noise, "acts in training only: a model for inference has no use for it", "0")
-    if isinstance(options, SigmoidOptions) and options.bias and options.bias_rate == 0:
+    if isinstance(options, TopKOptions) and options.bias and options.bias_rate == 0:
         yield Finding(
             "warning", "bias_frozen", "bias_rate 0", "the selection bias stays as it is and balances nothing", "0.001"
         )

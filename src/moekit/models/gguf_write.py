@@ -238,7 +238,7 @@ def _encoded(value: Value, tensor: _Tensor) -> Iterator[Tensor]:
                 raise ConfigError(f"{tensor.piece.name!r}: {error}") from None
 
 
-def _matrices(value: Value, index: tuple[int | slice, ...], kind: str) -> Iterator[tuple[Tensor, ...]]:
+def _matrices(value: Value, index: tuple[int | slice | None, ...], kind: str) -> Iterator[tuple[Tensor, ...]]:
     """Each matrix (or vector) of a piece: (numbers,), or (codes, scales) of a packed one that the type holds."""
     if isinstance(value, Tensor):
         part = value[index]

@@ -33,7 +33,7 @@ class Piece:
 
     Attributes:
         name: on disk.
-        index: what to index our parameter with; () is all of it.
+        index: what to index our parameter with; () is all of it, None an axis of length 1 on disk.
         stored: what to index the tensor on disk with, slices with both ends; () is all of it.
         transposed: the part on disk is the transpose of ours.
         where: for messages, "expert 3 of layer 0" or "".
@@ -41,7 +41,7 @@ class Piece:
     """
 
     name: str
-    index: tuple[int | slice, ...] = ()
+    index: tuple[int | slice | None, ...] = ()
     stored: tuple[slice, ...] = ()
     transposed: bool = False
     where: str = ""

@@ -295,8 +295,8 @@ def _gate(router: Router) -> TopKGate | None:
     """None for a router that the step does not know."""
     config = router.config
     noisy = router.training and router._is_noisy()
-    plain = type(router) is TopKRouter and router.bias is None and router.options.groups is None
-    if not plain or config.capacity is not None or noisy:
+    plain = type(router) is TopKRouter and router.bias is None and router.selection_bias is None
+    if not plain or router.options.groups is not None or config.capacity is not None or noisy:
         return None
     return TopKGate(
         weight=_plain(router.weight, None),

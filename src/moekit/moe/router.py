@@ -237,39 +237,21 @@ class TopKRouter(Router):
     softmax (Switch, 2101.03961 eq 1–2), divided by their sum when `norm_topk_prob` (Qwen3-MoE).
     Ties go to the lower expert number. Groups limit the choice (see `GroupLimit`).
 
+    With a selection bias b the K experts are those with the highest softmax + b, and the weights are as above, without
+    b, a sum below 1e-12 counting as 1e-12 (ERNIE 4.5). The bias b has no gradient: after a step
+    b_i += rate · sign(mean load − load_i) (2408.15664 algorithm 1).
+
     >>> config = MoEConfig(hidden_size=8, intermediate_size=4, num_experts=4, top_k=2)
     >>> TopKRouter(config)(torch.randn(3, 8)).weights_TK.sum(-1).allclose(torch.ones(3))
     True
     """
 
     options: TopKOptions
-
-    def _selection(self, gate_TE: Tensor) -> Tensor:
-        if self.options.groups is None:
-            return gate_TE
-        return within_groups(gate_TE, self.options.groups, self.config.top_k)
-
-
-@ROUTERS.register("sigmoid")
-class SigmoidRouter(TopKRouter):
-    """Scores s = sigmoid(x·W); the K experts with the highest s + b; weights s, without b (2412.19437 eq 12–16).
-
-    The weights are divided by their sum when `norm_topk_prob`. The bias b has no gradient: after a step
-    b_i += rate · sign(mean load − load_i) (2408.15664 algorithm 1).
-
-    >>> from moekit.moe import RoutingTotals
-    >>> router = SigmoidRouter(MoEConfig(hidden_size=8, intermediate_size=4, num_experts=4, top_k=2, router="sigmoid"))
-    >>> router.after_step(RoutingTotals.of(router(torch.randn(9, 8))))
-    >>> router.to(torch.bfloat16).selection_bias.dtype
-    torch.float32
-    """
-
-    options: SigmoidOptions
     fp32_buffers = ("selection_bias",)
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__(config)
-        has_bias = isinstance(config.options, SigmoidOptions) and config.options.bias
+        has_bias = isinstance(config.options, TopKOptions) and config.options.bias
         self.selection_bias: Tensor | None
         zeros_E = torch.zeros(config.num_experts, dtype=torch.float32)
         self.register_buffer("selection_bias", zeros_E if has_bias else None)
@@ -280,14 +262,45 @@ class SigmoidRouter(TopKRouter):
             above_E = load_E * load_E.numel() - load_E.sum()  # whole numbers: an even load moves nothing
             self.selection_bias -= self.options.bias_rate * above_E.sign()
 
+    def _ranked(self, gate_TE: Tensor) -> Tensor:
+        """What the bias is added to; logits rank as their softmax does, and cost nothing."""
+        return gate_TE if self.selection_bias is None else gate_TE.softmax(dim=-1)
+
+    def _selection(self, gate_TE: Tensor) -> Tensor:
+        scores_TE = self._ranked(gate_TE)
+        if self.selection_bias is not None:
+            scores_TE = scores_TE + self.selection_bias.to(scores_TE.dtype)
+        if self.options.groups is None:
+            return scores_TE
+        return within_groups(scores_TE, self.options.groups, self.config.top_k)
+
+    def _weigh(self, gate_TE: Tensor, choice: Choice) -> Tensor:
+        if self.selection_bias is None or not self.config.norm_topk_prob:
+            return super()._weigh(gate_TE, choice)
+        # Experts that the bias alone chose may have no probability at all.
+        return normalised(picked(gate_TE.softmax(dim=-1), choice), choice, gate_TE.shape[0], least=1e-12)
+
+
+@ROUTERS.register("sigmoid")
+class SigmoidRouter(TopKRouter):
+    """Scores s = sigmoid(x·W); the K experts with the highest s + b; weights s, without b (2412.19437 eq 12–16).
+
+    The weights are divided by their sum when `norm_topk_prob`. The bias b learns as that of `TopKRouter`.
+
+    >>> from moekit.moe import RoutingTotals
+    >>> router = SigmoidRouter(MoEConfig(hidden_size=8, intermediate_size=4, num_experts=4, top_k=2, router="sigmoid"))
+    >>> router.after_step(RoutingTotals.of(router(torch.randn(9, 8))))
+    >>> router.to(torch.bfloat16).selection_bias.dtype
+    torch.float32
+    """
+
+    options: SigmoidOptions
+
     def _affinity(self, gate_TE: Tensor) -> Tensor:
         return gate_TE.sigmoid()
 
-    def _selection(self, gate_TE: Tensor) -> Tensor:
-        scores_TE = gate_TE.sigmoid()
-        if self.selection_bias is not None:
-            scores_TE = scores_TE + self.selection_bias.to(scores_TE.dtype)
-        return super()._selection(scores_TE)
+    def _ranked(self, gate_TE: Tensor) -> Tensor:
+        return gate_TE.sigmoid()
 
     def _weigh(self, gate_TE: Tensor, choice: Choice) -> Tensor:
         scores_A = picked(gate_TE, choice).sigmoid()
@@ -336,10 +349,10 @@ def softmax_by_token(values_A: Tensor, choice: Choice, tokens: int) -> Tensor:
     return values_TK.softmax(dim=-1)[index]
 
 
-def normalised(values_A: Tensor, choice: Choice, tokens: int) -> Tensor:
-    """The values divided by their token's sum."""
+def normalised(values_A: Tensor, choice: Choice, tokens: int, least: float = 0.0) -> Tensor:
+    """The values divided by their token's sum, or by `least` where that is more."""
     if choice.top_k is not None:
         values_TK = values_A.view(tokens, choice.top_k)
-        return (values_TK / values_TK.sum(dim=-1, keepdim=True)).flatten()
-    sums_T = values_A.new_zeros(tokens).index_add(0, choice.token_ids_A, values_A)
+        return (values_TK / values_TK.sum(dim=-1, keepdim=True).clamp(min=least)).flatten()
+    sums_T = values_A.new_zeros(tokens).index_add(0, choice.token_ids_A, values_A).clamp(min=least)
     return values_A / sums_T[choice.token_ids_A]

@@ -7,6 +7,7 @@ To add one: write its row in the module of its kin (or a new one, imported here)
 from moekit.models.families import (  # noqa: F401  (each registers its rows)
     dbrx,
     deepseek,
+    ernie,
     glm,
     gpt2,
     gpt_oss,
