@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moekit.moe import Experts, FreeExperts, MixedExperts, MoE
+from moekit.moe.experts import ClampedSwiGLU
 
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
@@ -40,7 +41,11 @@ def plain_expert(experts: Experts, expert: int, x_D: Tensor) -> Tensor:
     hidden = experts.in_proj[expert] @ x_D
     if experts.in_bias is not None:
         hidden = hidden + experts.in_bias[expert]
-    hidden = act(hidden[:inner]) * hidden[inner:] if experts.in_name == "gate_up" else act(hidden)
+    if isinstance(experts, ClampedSwiGLU):
+        gate, up = torch.minimum(hidden[:inner], torch.tensor(7.0)), hidden[inner:].clip(-7, 7)
+        hidden = gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
+    else:
+        hidden = act(hidden[:inner]) * hidden[inner:] if experts.in_name == "gate_up" else act(hidden)
     out = experts.down_proj[expert] @ hidden
     return out if experts.down_bias is None else out + experts.down_bias[expert]
 
