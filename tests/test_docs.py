@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from moekit import cli
+from moekit.models.archs import ARCHS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -27,3 +28,8 @@ def test_named_pages_and_commands_exist(page):
         assert (ROOT / "docs" / name).is_file(), f"{page.name} names docs/{name}"
     for verb in re.findall(r"`moekit ([a-z]+)", text):
         assert verb in cli.VERBS, f"{page.name} names the command {verb}"
+
+
+def test_the_page_of_families_has_every_row():
+    rows = re.findall(r"^\| ([\w-]+) \| (yes)? ?\|", (ROOT / "docs/families.md").read_text(), re.M)
+    assert sorted(name for name, _ in rows if name != "model_type") == sorted(ARCHS)
