@@ -4,8 +4,10 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -18,6 +20,16 @@ inline int passed = 0, failed = 0;
 inline void check(bool ok, const std::string& what, const std::string& why) {
   ok ? ++passed : ++failed;
   if (!ok) std::fprintf(stderr, "FAILED %s: %s\n", what.c_str(), why.c_str());
+}
+
+// Whether a call throws std::invalid_argument.
+inline void refuses(const std::string& what, const std::function<void()>& call) {
+  try {
+    call();
+    check(false, what, "accepted");
+  } catch (const std::invalid_argument&) {
+    check(true, what, "");
+  }
 }
 
 // ---- arrays ---------------------------------------------------------------------------------------------------

@@ -149,14 +149,9 @@ void test_one(Mlp s, bool bias) {
   }
 }
 
-void refuses(const std::string& what, i64 token, i64 expert) {
+void refuses_ids(const std::string& what, i64 token, i64 expert) {
   const MlpInputs in{nullptr, &token, &expert, nullptr, nullptr, nullptr, nullptr, nullptr};
-  try {
-    moe_mlp(in, nullptr, nullptr, {3, 1, 2, 4, {4, true, kSilu}, kF32, kF32, 1});
-    check(false, what, "accepted");
-  } catch (const std::invalid_argument&) {
-    check(true, what, "");
-  }
+  refuses(what, [&] { moe_mlp(in, nullptr, nullptr, {3, 1, 2, 4, {4, true, kSilu}, kF32, kF32, 1}); });
 }
 
 }  // namespace
@@ -175,8 +170,8 @@ void test_mlp() {
                     activation == kGelu ? kF32 : dtype, 1},
                    activation != kSilu);
   for (const i64 far : {i64{-1}, i64{3}, INT64_MAX, INT64_MIN}) {
-    refuses("moe_mlp with token " + std::to_string(far), far, 0);
-    refuses("moe_mlp with expert " + std::to_string(far), 0, far);
+    refuses_ids("moe_mlp with token " + std::to_string(far), far, 0);
+    refuses_ids("moe_mlp with expert " + std::to_string(far), 0, far);
   }
 }
 

@@ -225,15 +225,6 @@ void test_decode() {
 
 // ---- what must be refused before memory is touched ------------------------------------------------------------
 
-void refuses(const std::string& what, const std::function<void()>& call) {
-  try {
-    call();
-    check(false, what, "accepted");
-  } catch (const std::invalid_argument&) {
-    check(true, what, "");
-  }
-}
-
 void test_refusals() {
   const i64 most = INT64_MAX;
   for (const std::vector<i64>& counts : {std::vector<i64>{2, 2}, {-1, 2}, {most, most}, {1, most}})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moekit.errors import MissingExtraError
+from moekit.figures import new_figure
 
 __all__ = ["Bars", "draw"]
 
@@ -19,14 +19,8 @@ def draw(bars: Bars, path: Path, unit: str) -> None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError("matplotlib", extra="train") from None
     rows = sum(len(panel) + 1 for panel in bars.values())
-    figure = Figure(figsize=(7, 0.6 + 0.28 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 0.6 + 0.28 * rows)
     heights = [len(panel) + 1 for panel in bars.values()]
     axes = figure.subplots(len(bars), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, (title, panel) in zip(axes, bars.items(), strict=True):

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moekit.errors import MissingExtraError
+from moekit.figures import new_figure
 
 if TYPE_CHECKING:
     from moekit.commands.routes import Routes
@@ -26,18 +26,12 @@ def draw(routes: Routes, path: Path) -> None:
         MissingExtraError: matplotlib is not installed.
         FileError: the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError("matplotlib", extra="train") from None
     from moekit.files import replacing
 
     layers, texts = len(routes.head.layers), len(routes.texts)
     tall, matrices = min(1.8 + 0.2 * layers, 9), -(-min(layers, MOST_MATRICES) // 6)
     heights = [tall, *([tall] if texts > 1 else []), *([2.6 * matrices] if routes.pairs else [])]
-    figure = Figure(figsize=(13, sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(13, sum(heights))
     parts = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
     _work(routes, parts.pop(0))
     if texts > 1:

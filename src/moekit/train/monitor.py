@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekit.errors import MissingExtraError
+from moekit.figures import new_figure
 from moekit.files import replacing
 from moekit.moe import Routing, RoutingTotals
 from moekit.moe.measures import Drift, LayerRouting, Similarity
@@ -125,14 +125,8 @@ class RoutingMonitor:
             MissingExtraError: matplotlib is not installed.
             FileError: the file cannot be written.
         """
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise MissingExtraError("matplotlib", extra="train") from None
         layers, experts = self.counts_ME.shape
-        figure = Figure(figsize=(min(4 + 0.3 * experts, 16), min(3 + 0.25 * layers, 12)), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(min(4 + 0.3 * experts, 16), min(3 + 0.25 * layers, 12))
         self.draw(figure.add_subplot())
         with replacing(path) as temporary:
             figure.savefig(temporary, dpi=120, format="png")

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from moekit.config import CapacityConfig, DataConfig, ExpertGroup, GroupLimit, ModelConfig, MoEConfig, TrainConfig
-from moekit.errors import FormatError, MissingExtraError
+from moekit.errors import FormatError
+from moekit.figures import new_figure
 from moekit.files import file_errors, replacing, write_atomic
 from moekit.models.decoder import Decoder
 from moekit.train.data import TrainingData, prepare
@@ -224,13 +225,7 @@ def draw(rows: Sequence[dict[str, Any]], title: str, path: str | os.PathLike[str
         MissingExtraError: matplotlib is not installed.
         FileError: the file cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError("matplotlib", extra="train") from None
-    figure = Figure(figsize=(11, 1.5 + 0.36 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 1.5 + 0.36 * len(rows))
     left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=(3, 2, 2))
     names = [row["contender"] for row in rows][::-1]
     columns = {name: [row[name] for row in rows][::-1] for name in ("loss", "loss_sd", "balance", "tokens_per_s")}

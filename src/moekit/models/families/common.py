@@ -25,11 +25,13 @@ __all__ = [
     "layer_types",
     "moe_of",
     "num_experts",
+    "read_experts",
     "read_layer_types",
     "read_rope",
     "read_window",
     "softmax_experts",
     "windowed",
+    "write_experts",
     "write_rope",
     "write_window",
 ]
@@ -145,18 +147,33 @@ def num_experts(keys: Keys) -> int:
     return keys.whole("num_local_experts" if keys.has("num_local_experts") else "num_experts")
 
 
-def softmax_experts(keys: Keys, width: str, **more: Any) -> MoEConfig:
-    """Experts with a softmax over all logits first, normalised over the chosen ones if norm_topk_prob says so."""
+def read_experts(keys: Keys, width: str = "intermediate_size", **more: Any) -> MoEConfig:
+    """Experts whose inner width stands under the key `width`, with fields of `MoEConfig` that are the family's own."""
+    if "activation" not in more:
+        more["activation"] = keys.activation()
     return MoEConfig(
         hidden_size=keys.whole("hidden_size"),
         intermediate_size=keys.whole(width),
         num_experts=num_experts(keys),
         top_k=keys.whole("num_experts_per_tok"),
-        gate_order="softmax_topk",
-        norm_topk_prob=keys.flag("norm_topk_prob"),
-        activation=keys.activation(),
         **more,
     )
+
+
+def softmax_experts(keys: Keys, width: str, **more: Any) -> MoEConfig:
+    """Experts with a softmax over all logits first, normalised over the chosen ones if norm_topk_prob says so."""
+    return read_experts(keys, width, gate_order="softmax_topk", norm_topk_prob=keys.flag("norm_topk_prob"), **more)
+
+
+def write_experts(config: ModelConfig, number: str = "num_local_experts") -> dict[str, Any]:
+    """The keys of experts of width intermediate_size; their number under the key `number`."""
+    moe = moe_of(config)
+    return {
+        "intermediate_size": moe.intermediate_size,
+        number: moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "router_aux_loss_coef": config.router_aux_loss_coef,
+    }
 
 
 def moe_of(config: ModelConfig) -> MoEConfig:

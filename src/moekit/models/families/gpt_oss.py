@@ -8,8 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from moekit.config import AttentionConfig, ModelConfig, MoEConfig, TopKOptions
-from moekit.models.families.common import layer_types, moe_of, num_experts, read_layer_types, read_window
+from moekit.config import AttentionConfig, ModelConfig, TopKOptions
+from moekit.models.families.common import (
+    layer_types,
+    moe_of,
+    read_experts,
+    read_layer_types,
+    read_window,
+    write_experts,
+)
 from moekit.models.families.row import Arch
 from moekit.models.keys import Keys, unsupported
 from moekit.models.layout import HF_ATTENTION, HF_OUTER, HF_PREFIX, Layout, Piece
@@ -19,15 +26,8 @@ def _read(keys: Keys) -> dict[str, Any]:
     for key, known in (("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)):
         value = keys.real(key, known)
         unsupported(keys, value != known, f"{key} {value}", str(known))
-    moe = MoEConfig(
-        hidden_size=keys.whole("hidden_size"),
-        intermediate_size=keys.whole("intermediate_size"),
-        num_experts=num_experts(keys),
-        top_k=keys.whole("num_experts_per_tok"),
-        router_options=TopKOptions(gate_bias=True),
-        expert="clamped_swiglu",
-        bias=True,
-    )
+    router = TopKOptions(gate_bias=True)
+    moe = read_experts(keys, router_options=router, expert="clamped_swiglu", bias=True, activation="silu")
     windowed = read_layer_types(keys, [layer % 2 == 0 for layer in range(keys.whole("num_hidden_layers"))])
     return {
         "intermediate_size": keys.whole("intermediate_size"),
@@ -39,16 +39,12 @@ def _read(keys: Keys) -> dict[str, Any]:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    moe = moe_of(config)
     return {
-        "intermediate_size": moe.intermediate_size,
-        "num_local_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
+        **write_experts(config),
         "attention_bias": config.attention_bias,
         "sliding_window": config.attention.window,
         "layer_types": layer_types(config),
         "swiglu_limit": 7.0,
-        "router_aux_loss_coef": config.router_aux_loss_coef,
     }
 
 

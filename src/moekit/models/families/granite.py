@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from moekit.config import AttentionConfig, ModelConfig, MoEConfig
-from moekit.models.families.common import moe_of
+from moekit.config import AttentionConfig, ModelConfig
+from moekit.models.families.common import moe_of, read_experts, write_experts
 from moekit.models.families.row import Arch
 from moekit.models.keys import Keys
 from moekit.models.layout import HF_ATTENTION, HF_OUTER, HF_PREFIX, Layout, Piece
@@ -17,15 +17,7 @@ def _read_shared(keys: Keys) -> dict[str, Any]:
 
 
 def _read(keys: Keys, shared: int = 0) -> dict[str, Any]:
-    moe = MoEConfig(
-        hidden_size=keys.whole("hidden_size"),
-        intermediate_size=keys.whole("intermediate_size"),
-        num_experts=keys.whole("num_local_experts"),
-        top_k=keys.whole("num_experts_per_tok"),
-        activation=keys.activation(),
-        num_shared_experts=1 if shared else 0,
-        shared_intermediate_size=shared or None,
-    )
+    moe = read_experts(keys, num_shared_experts=1 if shared else 0, shared_intermediate_size=shared or None)
     return {
         "intermediate_size": keys.whole("intermediate_size"),
         "moe": moe,
@@ -39,17 +31,13 @@ def _read(keys: Keys, shared: int = 0) -> dict[str, Any]:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    moe = moe_of(config)
     return {
-        "intermediate_size": moe.intermediate_size,
-        "num_local_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
+        **write_experts(config),
         "attention_bias": config.attention_bias,
         "attention_multiplier": config.attention.scale,
         "embedding_multiplier": config.embedding_multiplier,
         "residual_multiplier": config.residual_multiplier,
         "logits_scaling": 1 / config.logits_multiplier,
-        "router_aux_loss_coef": config.router_aux_loss_coef,
     }
 
 

@@ -8,25 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from moekit.config import AttentionConfig, ModelConfig, MoEConfig
-from moekit.models.families.common import moe_of, num_experts
+from moekit.config import AttentionConfig, ModelConfig
+from moekit.models.families.common import read_experts, write_experts
 from moekit.models.families.row import Arch
 from moekit.models.keys import Keys
 from moekit.models.layout import HF_PREFIX, Layout
 
 
 def _read(keys: Keys) -> dict[str, Any]:
-    moe = MoEConfig(
-        hidden_size=keys.whole("hidden_size"),
-        intermediate_size=keys.whole("intermediate_size"),
-        num_experts=num_experts(keys),
-        top_k=keys.whole("num_experts_per_tok"),
-        gate_order="softmax_topk",
-        activation="gelu_tanh",
-    )
     return {
         "intermediate_size": keys.whole("intermediate_size"),
-        "moe": moe,
+        "moe": read_experts(keys, gate_order="softmax_topk", activation="gelu_tanh"),
         "norm_place": "both",
         "activation": "gelu_tanh",
         "attention": AttentionConfig(scale=keys.real("attn_output_multiplier"), softcap=keys.real("max_attn_value")),
@@ -37,16 +29,12 @@ def _read(keys: Keys) -> dict[str, Any]:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-    moe = moe_of(config)
     return {
-        "intermediate_size": moe.intermediate_size,
-        "num_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
+        **write_experts(config, "num_experts"),
         "attn_output_multiplier": config.attention.scale,
         "max_attn_value": config.attention.softcap,
         "embedding_multiplier_scale": config.embedding_multiplier,
         "output_multiplier_scale": config.logits_multiplier,
-        "router_aux_loss_coef": config.router_aux_loss_coef,
     }
 
 

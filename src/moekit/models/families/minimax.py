@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from moekit.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig, SigmoidOptions
-from moekit.models.families.common import moe_of, num_experts, read_rope
+from moekit.config import AttentionConfig, RopeConfig, SigmoidOptions
+from moekit.models.families.common import read_experts, read_rope, write_experts
 from moekit.models.families.mixtral import MIXTRAL_LAYOUT
 from moekit.models.families.row import Arch
 from moekit.models.keys import Keys, unsupported
@@ -16,16 +16,8 @@ def _read(keys: Keys) -> dict[str, Any]:
     scoring = keys.optional("scoring_func") or "sigmoid"
     unsupported(keys, scoring != "sigmoid", f"scoring_func {scoring!r}", "'sigmoid'")
     unsupported(keys, not keys.flag("use_qk_norm"), "use_qk_norm False", "norms of queries and keys (True)")
-    moe = MoEConfig(
-        hidden_size=keys.whole("hidden_size"),
-        intermediate_size=keys.whole("intermediate_size"),
-        num_experts=num_experts(keys),
-        top_k=keys.whole("num_experts_per_tok"),
-        router="sigmoid",
-        router_options=SigmoidOptions(),
-        gate_order="softmax_topk",
-        norm_topk_prob=True,
-        activation=keys.activation(),
+    moe = read_experts(
+        keys, router="sigmoid", router_options=SigmoidOptions(), gate_order="softmax_topk", norm_topk_prob=True
     )
     return {
         "intermediate_size": keys.whole("intermediate_size"),
@@ -45,16 +37,6 @@ def _rope(keys: Keys) -> RopeConfig:
     return replace(rope, dims=None if dims == head_dim else dims)
 
 
-def _write(config: ModelConfig) -> dict[str, Any]:
-    moe = moe_of(config)
-    return {
-        "intermediate_size": moe.intermediate_size,
-        "num_local_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "router_aux_loss_coef": config.router_aux_loss_coef,
-    }
-
-
 Arch(
     model_type="minimax_m2",
     architecture="MiniMaxM2ForCausalLM",
@@ -68,7 +50,7 @@ Arch(
         "use_qk_norm": True,
     },
     read=_read,
-    write=_write,
+    write=write_experts,
     hf=replace(
         MIXTRAL_LAYOUT,
         inner={**MIXTRAL_LAYOUT.inner, "mlp.router.selection_bias": "block_sparse_moe.e_score_correction_bias"},

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from moekit.config import AttentionConfig, ModelConfig, MoEConfig
-from moekit.models.families.common import moe_of, num_experts, read_window, write_window
+from moekit.config import AttentionConfig, ModelConfig
+from moekit.models.families.common import read_experts, read_window, write_experts
 from moekit.models.families.row import Arch
 from moekit.models.keys import Keys
 from moekit.models.layout import HF_ATTENTION, HF_OUTER, HF_PREFIX, Layout
@@ -28,17 +28,9 @@ MIXTRAL_LAYOUT = Layout(
 
 def read_mixtral(keys: Keys) -> dict[str, Any]:
     """The fields of Mixtral."""
-    moe = MoEConfig(
-        hidden_size=keys.whole("hidden_size"),
-        intermediate_size=keys.whole("intermediate_size"),
-        num_experts=num_experts(keys),
-        top_k=keys.whole("num_experts_per_tok"),
-        gate_order="topk_softmax",
-        activation=keys.activation(),
-    )
     return {
         "intermediate_size": keys.whole("intermediate_size"),
-        "moe": moe,
+        "moe": read_experts(keys, gate_order="topk_softmax"),
         "attention": AttentionConfig(**read_window(keys)),
         "router_aux_loss_coef": keys.real("router_aux_loss_coef"),
     }
@@ -46,14 +38,7 @@ def read_mixtral(keys: Keys) -> dict[str, Any]:
 
 def write_mixtral(config: ModelConfig) -> dict[str, Any]:
     """The keys of Mixtral."""
-    moe = moe_of(config)
-    return {
-        "intermediate_size": moe.intermediate_size,
-        "num_local_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "router_aux_loss_coef": config.router_aux_loss_coef,
-        "sliding_window": write_window(config)["sliding_window"],
-    }
+    return {**write_experts(config), "sliding_window": config.attention.window}
 
 
 Arch(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moekit.config import AttentionConfig, ModelConfig
-from moekit.models.families.common import moe_of, softmax_experts
+from moekit.models.families.common import moe_of, softmax_experts, write_experts
 from moekit.models.families.row import Arch
 from moekit.models.keys import Keys
 from moekit.models.layout import HF_ATTENTION, HF_EXPERTS, HF_FUSED, HF_OUTER, HF_PREFIX, Layout
@@ -26,13 +26,10 @@ def _read_olmoe(keys: Keys) -> dict[str, Any]:
 def _write_olmoe(config: ModelConfig) -> dict[str, Any]:
     moe = moe_of(config)
     return {
-        "intermediate_size": moe.intermediate_size,
-        "num_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
+        **write_experts(config, "num_experts"),
         "norm_topk_prob": moe.norm_topk_prob,
         "attention_bias": config.attention_bias,
         "clip_qkv": config.attention.clip_qkv,
-        "router_aux_loss_coef": config.router_aux_loss_coef,
     }
 
 
