@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,16 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from torch import nn
 
 import moekit
-from moekit.adapt import load_packed, packed_formats, quantise, save_packed
+from moekit.adapt import load_packed, load_quantised, packed_formats, quantise, save_packed
 from moekit.adapt.quant import replace_modules
 from moekit.adapt.quant_modules import PAGE, empty_twin
 from moekit.errors import FormatError, UnsupportedError
 from moekit.kernels.formats import Format
 from moekit.models import load_decoder, read_config
 from moekit.models.decoder import Decoder
+from moekit.models.weights_write import save_decoder
 from tiny import tiny_config, tiny_model
 
 MIXED = ["int8", "nf4", "int4-g64-asym", "mxfp4"]
@@ -94,6 +97,34 @@ def test_bytes_lie_where_one_read_gets_an_expert(packed):
     assert raw[first : first + len(bytes_)] == bytes_
 
 
+def test_every_tensor_has_the_checksum_of_its_bytes(packed):
+    _, folder = packed
+    entries, data = header(folder)
+    notes = entries.pop("__metadata__")
+    for name, entry in entries.items():
+        first, last = entry["data_offsets"]
+        assert notes[f"{name}.xxh3"] == xxhash.xxh3_64(data[first:last]).hexdigest()
+
+
+def test_an_old_folder_is_to_be_packed_again(packed):
+    _, folder = packed
+    values, data = header(folder)
+    values["__metadata__"]["moekit.packed"] = "1"
+    write(folder, values, data)
+    with pytest.raises(FormatError, match=r"packed as version 1, .* pack the model again \(moekit pack MODEL OUT\)"):
+        moekit.load(folder)
+
+
+def test_biases_stored_in_bf16_load_again(tmp_path):
+    """They come along into the packed linears, and lie in the file as float32 like all that is not packed."""
+    config = dataclasses.replace(tiny_config(moe=False), attention_bias=True)
+    save_decoder(Decoder(config).bfloat16(), tmp_path / "plain")
+    decoder, _ = load_quantised(tmp_path / "plain", "int8")
+    save_packed(decoder, tmp_path / "packed")
+    with torch.no_grad():
+        assert torch.equal(load_packed(tmp_path / "packed")(IDS).logits, decoder(IDS).logits)
+
+
 def test_the_safetensors_package_reads_it(packed):
     safetensors = pytest.importorskip("safetensors")
     model, folder = packed
@@ -136,6 +167,8 @@ def test_truncation_anywhere(packed):
 LIES = {
     "no version": lambda v: v["__metadata__"].pop("moekit.packed"),
     "another version": lambda v: v["__metadata__"].update({"moekit.packed": "9"}),
+    "no checksum": lambda v: v["__metadata__"].pop("layers.1.mlp.experts.expert_3.xxh3"),
+    "a short checksum": lambda v: v["__metadata__"].update({"norm.weight.xxh3": "12ab"}),
     "no format": lambda v: v["__metadata__"].pop("layers.0.attn.q_proj.data"),
     "an unknown format": lambda v: v["__metadata__"].update({"layers.0.attn.q_proj.data": "int5"}),
     "a wider format": lambda v: v["__metadata__"].update(

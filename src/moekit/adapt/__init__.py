@@ -1,6 +1,7 @@
 """Turning one model into another."""
 
-from moekit.adapt.packed_folder import load_packed, packed_formats, save_packed
+from moekit.adapt.packed_file import packed_formats
+from moekit.adapt.packed_folder import load_packed, save_packed
 from moekit.adapt.quant import QuantReport, hottest, load_quantised, quantise
 from moekit.adapt.surgery import routings, to_moe
 from moekit.adapt.upcycle import upcycle, upcycled_config

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,23 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moekit.adapt.packed_file import CHECKSUM, VERSION, VERSION_NOTE, PackedWriter, packed_formats
 from moekit.adapt.quant import replace_modules
-from moekit.adapt.quant_modules import PAGE, QuantExperts, QuantMatrix, empty_twin, is_experts
-from moekit.errors import ConfigError, FormatError, UnsupportedError
+from moekit.adapt.quant_modules import PAGE, empty_twin, is_experts
+from moekit.errors import ConfigError, FormatError
 from moekit.files import replacing_folder, write_atomic
 from moekit.kernels.formats import Format
 from moekit.models.archs import config_to_hf, read_config
 from moekit.models.decoder import Decoder
 from moekit.models.keys import PACKED_METHOD
-from moekit.models.safetensors_file import SafetensorsFile, write_safetensors
+from moekit.models.safetensors_file import SafetensorsFile
 from moekit.models.tokenizer import Tokenizer
 from moekit.models.weights import PACKED_WEIGHTS, empty_decoder
 from moekit.models.weights_write import remove_stale
 
-__all__ = ["load_packed", "packed_formats", "save_packed"]
-
-VERSION = "1"
-_VERSION_NOTE = "moekit.packed"
+__all__ = ["load_packed", "save_packed", "write_beside"]
 
 
 def save_packed(decoder: Decoder, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
@@ -47,22 +46,25 @@ def save_packed(decoder: Decoder, folder: str | os.PathLike[str], tokenizer: Tok
         UnsupportedError: nothing in it is packed, or the family cannot express the model.
         FileError: it could not be written.
     """
-    formats = packed_formats(decoder)
-    if not formats:
-        raise UnsupportedError("this decoder is not quantised: save_decoder writes it")
-    tensors = {name: value for name, value in decoder.state_dict().items() if isinstance(value, Tensor)}
-    ordered = {name: tensors[name] for name in sorted(tensors, key=lambda name: name not in formats)}
-    kinds = sorted(set(formats.values()))
+    with replacing_folder(folder, last="config.json") as temporary:
+        write_beside(decoder, temporary, tokenizer)
+        with PackedWriter(temporary / PACKED_WEIGHTS, decoder) as writer:
+            state = decoder.state_dict()
+            for name in writer.places:
+                writer.write(name, state[name])
+            writer.finish()
+    remove_stale(Path(folder), {PACKED_WEIGHTS})
+
+
+def write_beside(decoder: Decoder, folder: Path, tokenizer: Tokenizer | None) -> None:
+    """What lies beside the weights: config.json, and the tokenizer's files. Raises as `save_packed` does."""
+    kinds = sorted(set(packed_formats(decoder).values()))
     values = config_to_hf(decoder.config) | {
         "quantization_config": {"quant_method": PACKED_METHOD, "version": VERSION, "formats": kinds}
     }
-    with replacing_folder(folder, last="config.json") as temporary:
-        notes = {_VERSION_NOTE: VERSION, **formats}
-        write_safetensors(temporary / PACKED_WEIGHTS, ordered, metadata=notes, align=PAGE)
-        if tokenizer is not None:
-            tokenizer.save(temporary)
-        write_atomic(temporary / "config.json", json.dumps(values, indent=2) + "\n")
-    remove_stale(Path(folder), {PACKED_WEIGHTS})
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    write_atomic(folder / "config.json", json.dumps(values, indent=2) + "\n")
 
 
 def load_packed(folder: str | os.PathLike[str]) -> Decoder:
@@ -76,9 +78,10 @@ def load_packed(folder: str | os.PathLike[str]) -> Decoder:
     config = read_config(folder)
     file = SafetensorsFile(folder / PACKED_WEIGHTS)
     where = str(file.path)
-    if file.metadata.get(_VERSION_NOTE) != VERSION:
+    if file.metadata.get(VERSION_NOTE) != VERSION:
         raise FormatError(
-            f"{where} is packed as version {file.metadata.get(_VERSION_NOTE)}; this moekit reads {VERSION}"
+            f"{where} is packed as version {file.metadata.get(VERSION_NOTE)}, and this moekit reads {VERSION}: "
+            "pack the model again (moekit pack MODEL OUT)"
         )
     if config.moe is not None and config.moe.num_experts > len(file.tensors):
         raise FormatError(f"{where}: {config.moe.num_experts} experts, but only {len(file.tensors)} tensors")
@@ -90,17 +93,6 @@ def load_packed(folder: str | os.PathLike[str]) -> Decoder:
         module = decoder.get_submodule(owner)
         setattr(module, leaf, nn.Parameter(value, requires_grad=False) if leaf in module._parameters else value)
     return decoder.eval()
-
-
-def packed_formats(decoder: Decoder) -> dict[str, str]:
-    """The buffers that hold packed bytes, and the format of each."""
-    found = {}
-    for name, module in decoder.named_modules():
-        if isinstance(module, QuantMatrix):
-            found[f"{name}.data"] = str(module.format)
-        elif isinstance(module, QuantExperts):
-            found |= {f"{name}.expert_{number}": str(format) for number, format in enumerate(module.formats)}
-    return found
 
 
 def _make_room(decoder: Decoder, file: SafetensorsFile, where: str) -> None:
@@ -146,3 +138,5 @@ def _check(decoder: Decoder, file: SafetensorsFile, where: str) -> None:
             )
         if stored.dtype == torch.uint8 and stored.start % PAGE:
             raise FormatError(f"{where}: {name!r} does not start at a page")
+        if not re.fullmatch("[0-9a-f]{16}", file.metadata.get(name + CHECKSUM, "")):
+            raise FormatError(f"{where}: the header gives no checksum for {name!r}")

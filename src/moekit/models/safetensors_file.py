@@ -1,4 +1,4 @@
-"""`SafetensorsFile` reads one safetensors file tensor by tensor; `write_safetensors` writes one the same way.
+"""`SafetensorsFile` reads one safetensors file tensor by tensor; `SafetensorsWriter` writes one the same way.
 
 The header is checked in full before a byte of data is believed, and tensors go between file and memory one at a
 time, so that neither direction ever holds a second copy of a model.
@@ -14,10 +14,10 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from torch import Tensor
 from moekit.errors import FormatError, shown
 from moekit.files import file_errors, open_regular, parse_json, replacing
 
-__all__ = ["SafetensorsFile", "StoredTensor", "write_safetensors"]
+__all__ = ["SafetensorsFile", "SafetensorsWriter", "StoredTensor", "write_safetensors"]
 
 _DTYPES = {
     "F64": torch.float64,
@@ -111,13 +111,92 @@ class SafetensorsFile:
         }
 
 
+class SafetensorsWriter:
+    """One safetensors file that is filled at its places, in any order, from any thread; the header comes last.
+
+    Until then the file begins with zeros, which no reader takes for a header. A context manager, which closes the file.
+
+    Args:
+        path: the file; what it holds already stays until it is written over.
+        tensors: names to (dtype, shape), in the order of the data.
+        metadata: notes for the header.
+        align: the data starts at a multiple of it, for which the header is filled up with spaces.
+    Raises:
+        FileError: it could not be opened.
+
+    Attributes:
+        places: names to `StoredTensor`.
+        size: bytes of the whole file.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+        metadata: Mapping[str, str] | None = None,
+        align: int = 8,
+    ) -> None:
+        self.path, self._tensors, self._align = Path(path), tensors, align
+        start = len(self._head(metadata))
+        self.places = {}
+        for name, (dtype, shape) in tensors.items():
+            end = start + math.prod(shape) * dtype.itemsize
+            self.places[name] = StoredTensor(dtype, tuple(shape), start, end)
+            start = end
+        self.size = start
+        self._reserved = len(self._head(metadata))
+        with file_errors(self.path):
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            os.ftruncate(self._file, self.size)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *ending: object) -> None:
+        os.close(self._file)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put the tensor `name`, of any device, in its place. Raises `FileError` when the disk does."""
+        place = self.places[name]
+        data = _bytes(tensor.detach().to("cpu", place.dtype).contiguous())
+        assert data.nbytes == place.end - place.start, name
+        self._put(data, place.start)
+
+    def finish(self, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the header, with notes as long as the first ones."""
+        head = self._head(metadata)
+        assert len(head) == self._reserved
+        self._put(memoryview(head), 0)
+
+    def sync(self) -> None:
+        """Wait until all that was written is on the disk."""
+        with file_errors(self.path):
+            os.fsync(self._file)
+
+    def _put(self, data: Any, start: int) -> None:
+        view = memoryview(data)
+        with file_errors(self.path):
+            while view:
+                count = os.pwrite(self._file, view, start)
+                view, start = view[count:], start + count
+
+    def _head(self, metadata: Mapping[str, str] | None) -> bytes:
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        end = 0
+        for name, (dtype, shape) in self._tensors.items():
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % self._align)
+        return struct.pack("<Q", len(text)) + text
+
+
 def write_safetensors(
     path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
     *,
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
-    align: int = 8,
 ) -> None:
     """Write `tensors` to `path`, whole or not at all; at most one of them is copied at a time.
 
@@ -126,27 +205,16 @@ def write_safetensors(
         tensors: names to tensors of any device; views may be given, shared memory is written once a name.
         dtype: convert each to it on the way; None keeps each one's own.
         metadata: notes for the header.
-        align: the data starts at a multiple of it, for which the header is filled up with spaces; with more than 8 the
-            tensors keep the order given, so that those whose sizes are multiples of it too are aligned like the first.
     Raises:
         FileError: it could not be written; nothing is left under `path` that was not there before.
     """
     # The widest dtype first keeps every tensor aligned to its own item size.
-    order = list(tensors)
-    if align == 8:
-        order.sort(key=lambda name: -(dtype or tensors[name].dtype).itemsize)
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name in order:
-        kind, start = dtype or tensors[name].dtype, end
-        end += tensors[name].numel() * kind.itemsize
-        header[name] = {"dtype": _NAMES[kind], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % align)
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+    order = sorted(tensors, key=lambda name: -(dtype or tensors[name].dtype).itemsize)
+    shapes = {name: (dtype or tensors[name].dtype, tensors[name].shape) for name in order}
+    with replacing(path) as temporary, SafetensorsWriter(temporary, shapes, metadata) as writer:
         for name in order:
-            file.write(_bytes(tensors[name].detach().to("cpu", dtype).contiguous()))
+            writer.write(name, tensors[name])
+        writer.finish(metadata)
 
 
 def _bytes(tensor: Tensor) -> Any:
