@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "moekit"
 
 FLOORS = {
-    0: {"errors", "config", "registry", "files", "figures"},
+    0: {"errors", "config", "registry", "files", "figures", "machine"},
     1: {"kernels"},
     2: {"moe"},
     3: {"models"},
@@ -32,6 +32,7 @@ FORBIDDEN = {
     "registry": {"torch", "transformers"},
     "files": {"torch", "transformers"},
     "figures": {"torch", "transformers"},
+    "machine": {"torch", "transformers"},
     "moe": {"torch.distributed", "transformers", "datasets", "huggingface_hub"},
     "kernels": {"torch.nn.Module", "transformers"},
     "plan": {"torch", "transformers", "numpy"},

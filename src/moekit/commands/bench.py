@@ -146,7 +146,7 @@ def _print_layer(rows: list[Row], relative: str, console: Console) -> None:
 def _print_generation(rows: list[GenerationRow], layers: int, prompt: int, console: Console) -> None:
     from rich.table import Table
 
-    from moekit.commands.machine import readable_bytes
+    from moekit.machine import readable_bytes
 
     for case in dict.fromkeys(row.case for row in rows):
         chosen = [row for row in rows if row.case == case]
@@ -199,7 +199,7 @@ def _machine() -> str:
     """The machine and the versions of everybody."""
     from importlib.metadata import PackageNotFoundError, version
 
-    from moekit.commands.machine import cores, instruction_sets, processor, readable_bytes, total_memory
+    from moekit.machine import cores, instruction_sets, processor, readable_bytes, total_memory
 
     versions = []
     for package in ("torch", "transformers", "llama-cpp-python"):

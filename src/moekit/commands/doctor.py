@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moekit import __version__
-from moekit.commands.machine import available_memory, cores, instruction_sets, readable_bytes, total_memory
+from moekit.machine import available_memory, cores, instruction_sets, readable_bytes, total_memory
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -38,8 +38,8 @@ class Options:
 def run(options: Options, console: Console) -> dict[str, Any]:
     """Read and write parameter by parameter; returns the sizes and the types."""
     from moekit.adapt import load_packed
-    from moekit.commands.machine import readable_bytes
     from moekit.commands.progress import ShareProgress
+    from moekit.machine import readable_bytes
     from moekit.models import StoredDecoder, tokenizer_metadata, write_gguf
     from moekit.models.archs import is_packed
     from moekit.models.gguf_archs import gguf_metadata

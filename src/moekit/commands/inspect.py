@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from moekit.commands.machine import readable_bytes
 from moekit.commands.options import DType
 from moekit.commands.routes import Routes
 from moekit.errors import ConfigError, UnsupportedError
+from moekit.machine import readable_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from moekit.commands.machine import readable_bytes
 from moekit.commands.options import ModelPath
 from moekit.errors import ConfigError
+from moekit.machine import readable_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from moekit.commands.machine import available_memory, parse_bytes
 from moekit.config import ModelConfig
 from moekit.errors import ConfigError
+from moekit.machine import available_memory, parse_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console

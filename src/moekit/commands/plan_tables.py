@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from moekit.commands.machine import readable_bytes
 from moekit.config import ModelConfig
+from moekit.machine import readable_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console

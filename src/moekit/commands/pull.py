@@ -48,8 +48,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.hf_api import RepoFile
 
-    from moekit.commands.machine import readable_bytes
     from moekit.commands.progress import ShareProgress
+    from moekit.machine import readable_bytes
 
     with _one_line(options):
         api = HfApi()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import re
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 from moekit.errors import ConfigError
 
@@ -32,14 +33,25 @@ INSTRUCTION_SETS = {
 }
 """Names in /proc/cpuinfo of what matters to matrix products, and what people call them."""
 
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+CGROUP_LIMITS = {"0": ("/sys/fs/cgroup", "memory.max"), "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")}
+"""Where a control group of version 2 (hierarchy 0) and 1 keeps its limit: root folder and file."""
 
 
 def total_memory() -> int:
-    """Bytes this process may use in all: of the machine, or of its container if that allows less."""
+    """Bytes this process may use in all: of the machine, or of its container or control group if that allows less."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limits = [int(text) for path in CGROUP_LIMITS if (text := _read(path).strip()).isdigit()]
+    limits = [int(text) for path in _limit_files() if (text := _read(path).strip()).isdigit()]
     return min([pages, *limits])
+
+
+def _limit_files() -> Iterator[str]:
+    """Of the process's own control group, and of those above it."""
+    for line in _read("/proc/self/cgroup").splitlines():
+        number, controllers, path = line.split(":", 2)
+        for kind in {number, *controllers.split(",")} & CGROUP_LIMITS.keys():
+            root, name = CGROUP_LIMITS[kind]
+            for folder in (PurePosixPath(path), *PurePosixPath(path).parents):
+                yield f"{root}{folder}/{name}"
 
 
 def available_memory() -> int:
