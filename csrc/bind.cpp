@@ -42,10 +42,10 @@ void quant_product(Address rows, Address weights, Address counts, Address out, i
 }
 
 void quant_layer(Address x, Address ids, Address weights, Address gate_up, Address down, Address out, i64 tokens,
-                 i64 top_k, i64 experts, i64 hidden, i64 inner, bool gated, int activation, int threads) {
+                 i64 top_k, i64 experts, i64 hidden, i64 inner, bool gated, int activation, bool add, int threads) {
   quant_moe(pointer<const float>(x), pointer<const i64>(ids), pointer<const float>(weights),
             {pointer<const i64>(gate_up)}, {pointer<const i64>(down)}, pointer<float>(out),
-            {tokens, top_k, experts, hidden, inner, gated, activation, threads});
+            {tokens, top_k, experts, hidden, inner, gated, activation, threads, add});
 }
 
 // ---- decoding: layers are described once, in numbers, and then called with what changes -------------------------
@@ -70,6 +70,26 @@ void describe_sparse(Sparse* self, Vector norm, float eps, const TopK& router, c
 void run_mlp(const Sparse& self, Address x, Address logits, Address ids, Address weights, i64 count, int threads) {
   mlp_step(self, pointer<float>(x), {pointer<float>(logits), pointer<i64>(ids), pointer<float>(weights), count},
            threads);
+}
+
+void begin_mlp(const Sparse& self, Address x, Address logits, Address ids, Address weights, i64 count, Address state,
+               int threads) {
+  mlp_begin(self, pointer<const float>(x),
+            {pointer<float>(logits), pointer<i64>(ids), pointer<float>(weights), count}, pointer<float>(state), threads);
+}
+
+void hidden_mlp(const Sparse& self, Address ids, i64 count, const std::vector<i64>& slots, Address state,
+                int threads) {
+  mlp_hidden(self, {nullptr, pointer<i64>(ids), nullptr, count}, slots, pointer<float>(state), threads);
+}
+
+void finish_mlp(const Sparse& self, Address x, Address ids, Address weights, i64 count, Address state, int threads) {
+  mlp_finish(self, pointer<float>(x), {nullptr, pointer<i64>(ids), pointer<float>(weights), count},
+             pointer<float>(state), threads);
+}
+
+void place_expert(Sparse& self, i64 expert, Address gate, Address up, Address down) {
+  place(self, expert, pointer(gate), pointer(up), pointer(down));
 }
 
 void run_linear_row(Address x, Address weight, Address bias, Address out, i64 rows, i64 cols, int dtype, int threads) {
@@ -98,7 +118,14 @@ void bind_decode(nb::module_& m) {
       });
   m.def("linear_row", run_linear_row, Free());
   nb::class_<Attention>(m, "Attention").def("__init__", describe_attention).def("run", run_attention, Free());
-  nb::class_<Sparse>(m, "Sparse").def("__init__", describe_sparse).def("run", run_mlp, Free());
+  nb::class_<Sparse>(m, "Sparse")
+      .def("__init__", describe_sparse)
+      .def("run", run_mlp, Free())
+      .def("state_size", mlp_state_size)
+      .def("begin", begin_mlp, Free())
+      .def("hidden", hidden_mlp, Free())
+      .def("finish", finish_mlp, Free())
+      .def("place", place_expert);
 }
 
 // x, token ids, expert ids, weights, in_proj, its bias, down_proj, its bias; 0 for what there is not.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -261,7 +262,7 @@ struct Layer {
   const Sparse& layer;
   const Routes& routes;
   Row h;
-  float *x, *hidden, *blocks;  // of the experts, then of the shared MLP
+  float *hidden, *blocks;  // of the experts, then of the shared MLP
   float shared_weight;
 
   i64 count() const { return routes.count + (has_shared() ? 1 : 0); }
@@ -288,18 +289,18 @@ struct Layer {
     return pieces;
   }
 
-  // The slot and first unit of a task.
-  i64 find(i64 task, i64& slot) const {
-    for (slot = 0; task >= hidden_tasks(slot); ++slot) task -= hidden_tasks(slot);
+  // The slot, one of some, and first unit of a task.
+  i64 find(i64 task, const i64* some, i64& slot) const {
+    for (slot = *some; task >= hidden_tasks(slot); slot = *++some) task -= hidden_tasks(slot);
     return task * units(mlp(slot));
   }
 
-  void hidden_task(i64 task, i64 next) const {
+  void hidden_task(i64 task, i64 next, const i64* some) const {
     float out[2 * kMaxRows];
     i64 slot, next_slot = 0;
-    const i64 first = find(task, slot);
+    const i64 first = find(task, some, slot);
     const Pieces now = hidden_pieces(slot, first);
-    const i64 next_first = next < 0 ? 0 : find(next, next_slot);
+    const i64 next_first = next < 0 ? 0 : find(next, some, next_slot);
     multiply(now, next < 0 ? Pieces{} : hidden_pieces(next_slot, next_first), h, out);
     const MLP& each = mlp(slot);
     const i64 rows = now.piece[0].rows;
@@ -332,7 +333,7 @@ struct Layer {
   }
 
   // Some rows of every MLP's output, weighted, summed in order, and added to x.
-  void down_task(i64 first, i64 rows, i64 next, i64 next_rows) const {
+  void down_task(float* x, i64 first, i64 rows, i64 next, i64 next_rows) const {
     float sum[kMaxRows] = {}, out[kMaxRows];
     for (i64 slot = 0; slot < count(); ++slot) {
       Pieces then;
@@ -353,6 +354,35 @@ struct Layer {
       }
     }
     tiles().row.add_rounded(x + first, sum, rows, layer.dtype);
+  }
+};
+
+// Where things are in the memory of one token: offsets in floats, each at 64 bytes.
+struct State {
+  const Sparse& sparse;
+  i64 width, h, scratch, shared_weight, hidden, h_blocks, blocks, end = 0;
+
+  State(const Sparse& layer, i64 count) : sparse(layer) {
+    const MLP& any = layer.experts.empty() ? layer.shared : layer.experts[0];
+    const i64 inner = layer.experts.empty() ? 0 : any.gate.weight.rows, shared = layer.shared.gate.weight.rows;
+    width = any.gate.weight.cols;
+    h = take(width);
+    scratch = take(std::max(width, layer.router.weight.rows));
+    shared_weight = take(1);
+    hidden = take(inner * count + shared);
+    h_blocks = take(block_floats(width));
+    blocks = take(count * block_floats(inner) + block_floats(shared));
+  }
+
+  i64 take(i64 floats) {
+    const i64 begin = end;
+    end += ceil_div(floats, 16) * 16;
+    return begin;
+  }
+  i64 size() const { return end; }
+  Layer layer(const Routes& routes, float* memory) const {
+    const Row row{memory + h, memory + h_blocks};
+    return {sparse, routes, row, memory + hidden, memory + blocks, memory[shared_weight]};
   }
 };
 
@@ -395,41 +425,66 @@ void attention_step(const Attention& layer, float* x_D, const float* cosine, con
         });
 }
 
-void mlp_step(const Sparse& layer, float* x_D, const Routes& routes, int threads) {
-  const MLP& any = layer.experts.empty() ? layer.shared : layer.experts[0];
-  const i64 hidden = any.gate.weight.cols, inner = layer.experts.empty() ? 0 : any.gate.weight.rows;
-  const i64 experts = layer.router.weight.rows, shared = layer.shared.gate.weight.rows;
-  const i64 floats = 2 * hidden + experts + 1 + inner * routes.count + shared;
-  const i64 block_size = block_floats(hidden) + routes.count * block_floats(inner) + block_floats(shared);
-  Workspace memory(Workspace::size_of<float>(floats) + Workspace::size_of<float>(block_size));
-  float* h = memory.take<float>(floats);
-  float *weight = h + hidden, *probs_E = weight + hidden, *shared_gate = probs_E + experts;
-  float* blocks = memory.take<float>(block_size);
-  norm(layer.norm, layer.eps, x_D, hidden, weight, h, layer.dtype);
+i64 mlp_state_size(const Sparse& layer, i64 count) { return State(layer, count).size(); }
 
+void mlp_begin(const Sparse& layer, const float* x_D, const Routes& routes, float* memory, int threads) {
+  const State state(layer, routes.count);
+  float* h = memory + state.h;
+  norm(layer.norm, layer.eps, x_D, state.width, memory + state.scratch, h, layer.dtype);
   const bool packed = std::any_of(layer.experts.begin(), layer.experts.end(), reads_blocks) ||
                       reads_blocks(layer.shared) || is_packed(layer.router.weight) || is_packed(layer.shared_gate);
-  const Row row = as_row(h, hidden, blocks, packed);
+  const Row row = as_row(h, state.width, memory + state.h_blocks, packed);
   const Linear gate{layer.shared_gate, {}}, router{layer.router.weight, {}};
   const Linear* inputs[] = {&gate, &router};
   apply(inputs, routes.logits_E ? 2 : 1, row, kF32, threads, [&](int which, i64 first, const float* values, i64 rows) {
-    std::copy_n(values, rows, which ? routes.logits_E + first : shared_gate);
+    std::copy_n(values, rows, which ? routes.logits_E + first : memory + state.shared_weight);
   });
-  if (routes.logits_E) choose(layer.router, routes, probs_E);
+  float& shared_weight = memory[state.shared_weight];
+  shared_weight = layer.shared_gate.data ? 1.0f / (1.0f + std::exp(-shared_weight)) : 1.0f;
+  if (routes.logits_E) choose(layer.router, routes, memory + state.scratch);
   check_ids(routes, static_cast<i64>(layer.experts.size()));
+}
 
-  const float shared_weight = layer.shared_gate.data ? 1.0f / (1.0f + std::exp(-*shared_gate)) : 1.0f;
-  const Layer work{layer, routes, row, x_D, shared_gate + 1, blocks + block_floats(hidden), shared_weight};
-  i64 tasks = 0, step = kMaxRows;
-  for (i64 slot = 0; slot < work.count(); ++slot) {
+void mlp_hidden(const Sparse& layer, const Routes& routes, const std::vector<i64>& slots, float* memory, int threads) {
+  const Layer work = State(layer, routes.count).layer(routes, memory);
+  i64 tasks = 0;
+  for (const i64 slot : slots) {
+    if (slot < 0 || slot >= work.count()) throw std::invalid_argument("there is no slot " + std::to_string(slot));
     tasks += work.hidden_tasks(slot);
-    step = std::min(step, rows_a_task(work.mlp(slot).down.weight));
   }
-  parallel_ahead(tasks, threads, [&](i64 i, i64 next) { work.hidden_task(i, next); });
-  const auto rows_from = [&](i64 first) { return std::min(step, hidden - first); };
-  parallel_ahead(ceil_div(hidden, step), threads, [&](i64 i, i64 next) {
-    work.down_task(i * step, rows_from(i * step), next < 0 ? -1 : next * step, rows_from(next * step));
+  parallel_ahead(tasks, threads, [&](i64 i, i64 next) { work.hidden_task(i, next, slots.data()); });
+}
+
+void mlp_finish(const Sparse& layer, float* x_D, const Routes& routes, float* memory, int threads) {
+  const State state(layer, routes.count);
+  const Layer work = state.layer(routes, memory);
+  i64 step = kMaxRows;
+  for (i64 slot = 0; slot < work.count(); ++slot) step = std::min(step, rows_a_task(work.mlp(slot).down.weight));
+  const auto rows_from = [&](i64 first) { return std::min(step, state.width - first); };
+  parallel_ahead(ceil_div(state.width, step), threads, [&](i64 i, i64 next) {
+    work.down_task(x_D, i * step, rows_from(i * step), next < 0 ? -1 : next * step, rows_from(next * step));
   });
+}
+
+void mlp_step(const Sparse& layer, float* x_D, const Routes& routes, int threads) {
+  const i64 size = mlp_state_size(layer, routes.count);
+  Workspace memory(Workspace::size_of<float>(size));
+  float* state = memory.take<float>(size);
+  mlp_begin(layer, x_D, routes, state, threads);
+  thread_local std::vector<i64> slots;
+  slots.resize(routes.count + (layer.shared.gate.weight.data ? 1 : 0));
+  std::iota(slots.begin(), slots.end(), i64{0});
+  mlp_hidden(layer, routes, slots, state, threads);
+  mlp_finish(layer, x_D, routes, state, threads);
+}
+
+void place(Sparse& layer, i64 expert, const void* gate, const void* up, const void* down) {
+  if (expert < 0 || expert >= static_cast<i64>(layer.experts.size()))
+    throw std::invalid_argument("there is no expert " + std::to_string(expert));
+  MLP& mlp = layer.experts[expert];
+  mlp.gate.weight.data = gate;
+  mlp.up.weight.data = up;
+  mlp.down.weight.data = down;
 }
 
 void linear_row(const Linear& layer, const void* x, void* out, int dtype, int threads) {

@@ -71,6 +71,16 @@ struct Routes {
 // x += mlp(norm(x)). Throws std::invalid_argument for an expert that does not exist.
 void mlp_step(const Sparse& layer, float* x_D, const Routes& routes, int threads);
 
+// The same, number for number, in parts, for experts that come to memory while others are at work. `begin` norms and
+// routes; `hidden` does what the experts of some slots do before their second matrix (a slot is a place in ids_K, and
+// the shared MLP's is `count`); `finish`, once for all slots, does the rest. Between them `state` keeps
+// mlp_state_size(layer, count) floats, aligned to 64 bytes. What an expert is told with `place` holds until told anew.
+i64 mlp_state_size(const Sparse& layer, i64 count);
+void mlp_begin(const Sparse& layer, const float* x_D, const Routes& routes, float* state, int threads);
+void mlp_hidden(const Sparse& layer, const Routes& routes, const std::vector<i64>& slots, float* state, int threads);
+void mlp_finish(const Sparse& layer, float* x_D, const Routes& routes, float* state, int threads);
+void place(Sparse& layer, i64 expert, const void* gate, const void* up, const void* down);
+
 // out = W · x + b for one row; x and out of type `dtype`.
 void linear_row(const Linear& layer, const void* x, void* out, int dtype, int threads);
 

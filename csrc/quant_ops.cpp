@@ -201,19 +201,20 @@ struct Routed {
     const i64 assignments = s.tokens * s.top_k;
     next_of.assign(s.experts + 1, 0);
     for (i64 a = 0; a < assignments; ++a) {
-      if (ids_TK[a] < 0 || ids_TK[a] >= s.experts)
+      if (ids_TK[a] < -1 || ids_TK[a] >= s.experts)
         throw std::invalid_argument("expert id " + std::to_string(ids_TK[a]) + " is not one of 0 to " +
                                     std::to_string(s.experts - 1));
-      ++next_of[ids_TK[a] + 1];
+      if (ids_TK[a] >= 0) ++next_of[ids_TK[a] + 1];
     }
     batches.clear();
     for (i64 e = 0; e < s.experts; ++e) {
       if (next_of[e + 1]) batches.add(e, next_of[e], next_of[e + 1]);
       next_of[e + 1] += next_of[e];
     }
-    token_of.resize(assignments);
-    assignment_of.resize(assignments);
+    token_of.resize(next_of[s.experts]);
+    assignment_of.resize(next_of[s.experts]);
     for (i64 a = 0; a < assignments; ++a) {
+      if (ids_TK[a] < 0) continue;
       const i64 position = next_of[ids_TK[a]]++;
       token_of[position] = a / s.top_k;
       assignment_of[position] = a;
@@ -242,6 +243,7 @@ class Layer {
       if (next >= 0) then = units_run(batches_.groups[next / chunks], next % chunks * kUnitsATask);
       units(batches_.groups[i / chunks], i % chunks * kUnitsATask, then);
     });
+    if (s_.add && batches_.groups.empty()) return;
     parallel_ahead((s_.hidden + kRowsATask - 1) / kRowsATask, s_.threads,
                    [&](i64 i, i64 next) { combine(i * kRowsATask, next * kRowsATask); });
   }
@@ -305,6 +307,9 @@ class Layer {
     // (T, 64) side by side: in the output they lie a row apart.
     float* sums = static_cast<float*>(thread_scratch(bytes));
     std::memset(sums, 0, bytes);
+    if (s_.add)
+      for (i64 t = 0; t < s_.tokens; ++t)
+        std::copy_n(out_TD_ + t * s_.hidden + first, rows, sums + t * kRowsATask);
     for (const Group& group : batches_.groups) {
       Run then;
       if (&group != &batches_.groups.back())

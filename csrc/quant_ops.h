@@ -20,9 +20,11 @@ struct QuantMoE {
   i64 tokens, top_k, experts, hidden, inner;  // T, K, E, D, F
   bool gated;
   int activation, threads;
+  bool add = false;  // to what is in the output, else it is written
 };
 
-// out_TD = Σ_k weight · down(act(gate(x)) · up(x)), summed in the order of the experts.
+// out_TD = Σ_k weight · down(act(gate(x)) · up(x)), summed in the order of the experts; an id of −1 is an expert that
+// is not among these, and adds nothing. Experts in several calls with `add`, in their order, give the numbers of one.
 void quant_moe(const float* x_TD, const i64* ids_TK, const float* weights_TK, MatrixTable gate_up_E,
                MatrixTable down_E, float* out_TD, const QuantMoE& size);
 

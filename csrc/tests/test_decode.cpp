@@ -194,6 +194,22 @@ struct Expert {
   }
 };
 
+// mlp_step with experts that are placed, last slot first, when their turn comes.
+void in_parts(const Sparse& whole, float* x, const Routes& routes, int threads) {
+  Sparse layer = whole;
+  for (i64 e = 0; e < static_cast<i64>(layer.experts.size()); ++e) place(layer, e, nullptr, nullptr, nullptr);
+  Array state(mlp_state_size(layer, routes.count));
+  mlp_begin(layer, x, routes, state.floats(), threads);
+  mlp_hidden(layer, routes, {routes.count}, state.floats(), threads);
+  for (i64 slot = routes.count - 1; slot >= 0; --slot) {
+    const i64 expert = routes.ids_K[slot];
+    const MLP& mlp = whole.experts[expert];
+    place(layer, expert, mlp.gate.weight.data, mlp.up.weight.data, mlp.down.weight.data);
+    mlp_hidden(layer, routes, {slot}, state.floats(), threads);
+  }
+  mlp_finish(layer, x, routes, state.floats(), threads);
+}
+
 void test_mlp(i64 hidden, i64 inner, i64 experts, i64 top_k, int dtype) {
   const Array input(hidden), weight(hidden, dtype), shared_gate(hidden, dtype), router(experts * hidden, dtype);
   std::vector<Expert> each;
@@ -238,6 +254,9 @@ void test_mlp(i64 hidden, i64 inner, i64 experts, i64 top_k, int dtype) {
       check(std::equal(ids.begin(), ids.end(), order.begin()), what + " ids");
       if (threads == 1) std::memcpy(first.data(), out.data(), hidden * 4);
       check(!std::memcmp(first.data(), out.data(), hidden * 4), what + ": two threads change the bits");
+      std::memcpy(out.data(), input.data(), hidden * 4);
+      in_parts(layer, out.floats(), {got_logits.floats(), ids.data(), weights.floats(), top_k}, threads);
+      check(!std::memcmp(first.data(), out.data(), hidden * 4), what + ": parts change the bits");
       for (i64 bad : {i64{-1}, experts}) try {
           float one = 1.0f;
           mlp_step(layer, out.floats(), {nullptr, &bad, &one, 1}, threads);

@@ -149,6 +149,15 @@ void test_layer(QuantMoE s, const Format* format) {
     }
     compare(one, want, kF32, in.down_E.packed ? kLayerLimit : 1e-5, what);
     check(two.same_bits(one), what, "two threads change the bits");
+    for (i64 e = 0; e < s.experts; ++e) {  // one expert a call
+      std::vector<i64> ids(in.ids_TK);
+      for (i64& id : ids) id = id == e ? id : -1;
+      s.add = e > 0;
+      quant_moe(floats(in.x_TD), ids.data(), floats(in.weights_TK), in.gate_up_E.table(), in.down_E.table(),
+                floats(two), s);
+    }
+    s.add = false;
+    check(two.same_bits(one), what, "one expert a call changes the bits");
   });
 }
 
@@ -176,7 +185,7 @@ void test_refusals() {
   for (const std::vector<i64>& counts : {std::vector<i64>{2, 2}, {-1, 2}, {most, most}, {1, most}})
     refuses("quant_grouped_mm with counts that do not fit",
             [&] { quant_grouped_mm(nullptr, {nullptr}, counts.data(), nullptr, 3, 2, 5, 7, 1); });
-  for (const i64 id : {i64{-1}, i64{4}, most, INT64_MIN})
+  for (const i64 id : {i64{-2}, i64{4}, most, INT64_MIN})
     refuses("quant_moe with expert " + std::to_string(id), [&] {
       quant_moe(nullptr, &id, nullptr, {nullptr}, {nullptr}, nullptr, {1, 1, 4, 8, 8, true, kSilu, 1});
     });

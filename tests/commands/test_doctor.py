@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from moekit import bench
+from moekit import bench, machine
 from moekit.cli import main
-from moekit.commands import doctor, machine
+from moekit.commands import doctor
 
 RATES = {"read_gb_s": 48.0, "gemm_fp32_gflop_s": 187.0, "gemm_bf16_gflop_s": 865.0, "gemm_int8_gflop_s": 4.0}
 

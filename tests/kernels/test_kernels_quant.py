@@ -124,6 +124,25 @@ def test_a_layer_is_its_experts(isa, name, gated, poisoned):
         assert_close(got, want, "quant layer")
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_experts_of_several_calls_add_up_to_the_same_bits(backend, gated):
+    format = Format.parse("int4")
+    gate_up, down = pack(torch.randn(7, (1 + gated) * 40, 70), format, 1 + gated), pack(torch.randn(7, 70, 40), format)
+    x, ids, weights = torch.randn(9, 70), torch.randint(7, (9, 3)), torch.rand(9, 3)
+    with forced(backend):
+        whole = quant_moe(x, ids, weights, gate_up, down, "silu", gated)
+        parts = torch.zeros(9, 70)
+        for experts in ([0], [1, 4], [5, 6]):  # 2 and 3 never come
+            number = torch.full((7,), -1)
+            number[experts] = torch.arange(len(experts))
+            some = [[stack[e] for e in experts] for stack in (gate_up, down)]
+            quant_moe(x, number[ids], weights, *some, "silu", gated, add_to=parts)
+        without = weights.masked_fill((ids == 2) | (ids == 3), 0.0)
+        assert torch.equal(parts, quant_moe(x, ids, without, gate_up, down, "silu", gated))
+        assert not torch.equal(parts, whole)
+
+
 def test_every_expert_may_have_its_own_format(isa):
     weights = [torch.randn(2 * 40, 70) / 8 for _ in range(5)], [torch.randn(70, 40) / 6 for _ in range(5)]
     kinds = ("int8", "int4-g64-asym", "nf4", "mxfp4")

@@ -102,29 +102,38 @@ def quant_moe(
     down: Matrices | Weights | Sequence[Weights],
     activation: str,
     gated: bool,
+    add_to: Tensor | None = None,
 ) -> Tensor:
     """Σ_k weight_tk · down_e(act(gate_e(x)) · up_e(x)) with e = id(t, k): (T, D) → (T, D) in x's dtype, no gradient.
 
+    Experts in several calls, in the order of their numbers, give the same numbers as in one.
+
     Args:
         x_TD: fp32, bf16 or fp16.
-        expert_ids_TK: int64.
+        expert_ids_TK: int64; −1 is an expert that is not among these, and adds nothing.
         weights_TK: any float dtype.
         gate_up: E matrices (2F, D), gate then up as two parts, or (F, D) when not gated.
         down: E matrices (D, F).
         activation: "silu", "gelu", "gelu_tanh" or "relu".
         gated: whether there is a gate.
+        add_to: fp32 (T, D), contiguous: the result is added to it, and returned in it.
     Raises:
         ConfigError: shapes, dtypes, ids or the activation do not fit.
     """
     first, second = Matrices.of(gate_up), Matrices.of(down)
     _check_moe(x_TD, expert_ids_TK, weights_TK, first, second, activation, gated)
     x, ids, weights = x_TD.float().contiguous(), expert_ids_TK.contiguous(), weights_TK.float().contiguous()
+    out_TD = torch.empty_like(x) if add_to is None else add_to
     if select.choose_quantised(x.device) == "reference":
-        return _twin_moe(x, ids, weights, first, second, activation, gated).to(x_TD.dtype)
-    out_TD = torch.empty_like(x)
-    sizes = (*ids.shape, first.count, second.rows, second.cols, gated, ACTIVATIONS.index(activation))
-    cpu.call("quant_moe", [x, ids, weights, first.fields_E7, second.fields_E7, out_TD], sizes)
-    return out_TD.to(x_TD.dtype)
+        if add_to is None:
+            out_TD.zero_()
+        _twin_moe(x, ids, weights, first, second, activation, gated, out_TD)
+    else:
+        sizes = (*ids.shape, first.count, second.rows, second.cols, gated, ACTIVATIONS.index(activation))
+        cpu.call(
+            "quant_moe", [x, ids, weights, first.fields_E7, second.fields_E7, out_TD], (*sizes, add_to is not None)
+        )
+    return out_TD if add_to is not None else out_TD.to(x_TD.dtype)
 
 
 class _Grouped(torch.autograd.Function):
@@ -158,10 +167,18 @@ def _twin_grouped_mm(rows_RI: Tensor, matrices: Matrices, counts_E: Tensor) -> T
 
 
 def _twin_moe(
-    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, up: Matrices, down: Matrices, act: str, gated: bool
-) -> Tensor:
-    out_TD = torch.zeros_like(x_TD)
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    up: Matrices,
+    down: Matrices,
+    act: str,
+    gated: bool,
+    out_TD: Tensor,
+) -> None:
     for expert in ids_TK.unique().tolist():
+        if expert == -1:
+            continue
         if not 0 <= expert < up.count:
             raise ConfigError(f"quant_moe: expert id {expert} is not one of 0 to {up.count - 1}")
         token, slot = (ids_TK == expert).nonzero(as_tuple=True)
@@ -172,7 +189,6 @@ def _twin_moe(
         else:
             hidden = activate(hidden, act)
         out_TD.index_add_(0, token, weights_TK[token, slot, None] * (hidden @ down.dense(expert).T))
-    return out_TD
 
 
 def _table(weights: list[Weights]) -> Tensor:

@@ -226,7 +226,8 @@ class MLPStep(_Step):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.gate = gate
+        self.gate, self._has_shared = gate, shared is not None
+        self._offsets = _offsets(experts)
         self._native = cpu.native().Sparse(
             self._vector(norm),
             eps,
@@ -262,6 +263,33 @@ class MLPStep(_Step):
         except ValueError as error:
             raise ConfigError(f"mlp step: {error}") from None
 
+    def begin(self, x_D: Tensor, routed: tuple[Tensor, Tensor] | None = None) -> PartStep:
+        """The same in parts, for experts that are not all in memory (`place`): norm and route x (D,) float32.
+
+        Args:
+            routed: the caller's choice, as `routed` takes it; None asks the gate.
+        Raises:
+            ConfigError: an expert that does not exist.
+        """
+        logits_1E = None
+        if routed is None:
+            assert self.gate is not None
+            logits_1E = torch.empty(1, self.gate.weight.shape[0])
+            ids_A, weights_A = torch.empty(self.gate.top_k, dtype=torch.int64), torch.empty(self.gate.top_k)
+        else:
+            ids_A, weights_A = routed[0].contiguous(), routed[1].float().contiguous()
+        part = PartStep(self._native, x_D, logits_1E, ids_A, weights_A, self._has_shared)
+        try:
+            part.begin()
+        except ValueError as error:
+            raise ConfigError(f"mlp step: {error}") from None
+        return part
+
+    def place(self, expert: int, address: int) -> None:
+        """Where a packed expert lies now: its matrices one after the other, gate and up before down."""
+        up, down = self._offsets[expert]
+        self._native.place(expert, address, address + up if up else 0, address + down)
+
     def _run(self, x_D: Tensor, logits: Tensor | None, ids: Tensor | None, weights: Tensor | None) -> None:
         where = [0 if each is None else each.data_ptr() for each in (logits, ids, weights)]
         self._native.run(x_D.data_ptr(), *where, 0 if ids is None else ids.numel(), cpu.num_threads())
@@ -271,3 +299,47 @@ class MLPStep(_Step):
             return cpu.native().TopK(self._matrix(None), 0, False, False, 1.0)
         options = (gate.top_k, gate.softmax_first, gate.normalise, gate.scale)
         return cpu.native().TopK(self._matrix(gate.weight), *options)
+
+
+class PartStep:
+    """One token on its way through `MLPStep` in parts; made by `begin`.
+
+    Attributes:
+        logits_1E: the gate's, (1, E) float32; None where the caller routed.
+        ids_A, weights_A: the token's experts, int64, and their weights, float32.
+    """
+
+    def __init__(
+        self, native: Any, x_D: Tensor, logits_1E: Tensor | None, ids_A: Tensor, weights_A: Tensor, has_shared: bool
+    ) -> None:
+        self.logits_1E, self.ids_A, self.weights_A = logits_1E, ids_A, weights_A
+        self._native, self._x_D, self._shared = native, x_D, [ids_A.numel()] if has_shared else []
+        self._state = torch.empty(native.state_size(ids_A.numel()))
+        self._ids = (ids_A.data_ptr(), ids_A.numel())
+
+    def begin(self) -> None:
+        logits = 0 if self.logits_1E is None else self.logits_1E.data_ptr()
+        ids, count = self._ids
+        where = (logits, ids, self.weights_A.data_ptr(), count)
+        self._native.begin(self._x_D.data_ptr(), *where, self._state.data_ptr(), cpu.num_threads())
+
+    def hidden(self, slots: list[int]) -> None:
+        """What comes before the second matrix, of the experts at these places of `ids_A`, which have been placed; the
+        first call also does the shared MLP's."""
+        self._native.hidden(*self._ids, slots + self._shared, self._state.data_ptr(), cpu.num_threads())
+        self._shared = []
+
+    def finish(self) -> None:
+        """The second matrices, for which all experts must be in their places; then x is changed."""
+        if self._shared:
+            self.hidden([])
+        ids, count = self._ids
+        where = (ids, self.weights_A.data_ptr(), count)
+        self._native.finish(self._x_D.data_ptr(), *where, self._state.data_ptr(), cpu.num_threads())
+
+
+def _offsets(experts: ExpertWeights | None) -> list[tuple[int, int]]:
+    """Of every packed expert's up (0: it has no gate) and down matrix, in bytes from its first."""
+    if experts is None or isinstance(experts.in_proj, Tensor):
+        return []
+    return [(each.data.nbytes // 2 if each.parts == 2 else 0, each.data.nbytes) for each in experts.in_proj]
