@@ -248,7 +248,7 @@ def dbrx() -> nn.Module:
 def test_fresh_experts_go_anywhere_that_keeps_a_tensors_shape():
     model = dbrx()
     with pytest.raises(UnsupportedError, match=r"'transformer.blocks.1.ffn' \(DbrxFFN\) cannot become experts"):
-        to_moe(model, "transformer.blocks.1.ffn")
+        to_moe(model, "transformer.blocks.1.ffn", num_experts=4)
     config = MoEConfig(hidden_size=16, intermediate_size=10, num_experts=6, top_k=2, num_shared_experts=1)
     to_moe(model, "transformer.blocks.1.ffn", config)
     tokens = torch.randint(50, (2, 7))

@@ -45,6 +45,7 @@ ROUTER_ROWS: dict[str, dict[str, dict[str, Any]]] = {
         "renormalised": {"top_k": 4, "router_options": {"min_k": 2, "target_k": 2.5, "noise_std": 0.1}},
     },
     "expert_choice": {"": {}, "noise": {"router_options": {"noise_std": 0.2}}, "dense": {"top_k": 6}},
+    "switch": {"": {"top_k": 1}, "two": {"router_options": {"jitter": 0.1, "noise_std": 0.1}}},
     "hash": {"": {}, "one": {"top_k": 1, "router_options": {"seed": 7}}},
     "sinkhorn": {"": {}, "switch": ALL | {"top_k": 1}},
     "hierarchical": {

@@ -329,6 +329,7 @@ def choose_hierarchical(router, gates, real, ids):
 
 CHOICES = {
     "topk": choose_limited,
+    "switch": choose_top,
     "sigmoid": choose_limited,
     "noisy_topk": choose_top,
     "gshard": choose_top,
@@ -381,6 +382,7 @@ def equal_weights(router: Router, gate_E: Tensor, experts: list[int]) -> list[Te
 
 
 WEIGHTS = {
+    "switch": probabilities,
     "sigmoid": sigmoid_weights,
     "gumbel": gumbel_weights,
     "expert_choice": probabilities,

@@ -76,6 +76,7 @@ def test_an_absolute_number():
         ({"tokens": 0}, "tokens must be a whole number of at least 1"),
         ({"tokens": 2.5}, "tokens must be a whole number of at least 1"),
         ({"factor": 1.0, "order": "first"}, "order must be one of position, probability"),
+        ({"factor": 1.0, "per": "token"}, "per must be one of batch, sequence"),
         ({"factor": 1.0, "overflow": "keep"}, "overflow must be one of drop, next"),
         ({"factor": 1.0, "lost_weight": "keep"}, "lost_weight must be one of lose, renormalise"),
     ],
@@ -105,6 +106,33 @@ def problems(draw):
         overflow=draw(st.sampled_from(["drop", "next"])),
     )
     return options, scores, probs, wanted, draw(st.integers(1, 4)), config
+
+
+@pytest.mark.parametrize("overflow", ["drop", "next"])
+@pytest.mark.parametrize("order", ["position", "probability"])
+@pytest.mark.parametrize("room", [{"factor": 0.8}, {"tokens": 2}], ids=str)
+def test_each_sequence_for_itself(order, overflow, room):
+    capacity = CapacityConfig(per="sequence", order=order, overflow=overflow, **room)
+    config = MoEConfig(hidden_size=4, intermediate_size=3, num_experts=5, top_k=2, capacity=capacity)
+    layer, x = MoE(config).double(), torch.randn(2, 3, 7, 4, dtype=torch.float64)
+    mask = torch.rand(2, 3, 7) > 0.2
+    y, routing = layer(x, mask)
+    alone = [layer(x[i, j], mask[i, j]) for i in range(2) for j in range(3)]
+    if "tokens" in room:  # of a factor, a whole sequence's length counts, where a call alone counts real tokens
+        torch.testing.assert_close(y.flatten(0, 1), torch.stack([each for each, _ in alone]), **near("fp64"))
+        assert torch.equal(routing.expert_ids_A, torch.cat([each.expert_ids_A for _, each in alone]))
+    y, routing = layer(x)
+    alone = [layer(x[i, j]) for i in range(2) for j in range(3)]
+    torch.testing.assert_close(y.flatten(0, 1), torch.stack([each for each, _ in alone]), **near("fp64"))
+    assert torch.equal(routing.expert_ids_A, torch.cat([each.expert_ids_A for _, each in alone]))
+    assert 0 < routing.dropped == sum(each.dropped for _, each in alone) or overflow == "next"
+
+
+def test_padding_up_to_the_room_of_all_sequences():
+    capacity = CapacityConfig(per="sequence", tokens=3, pad=True)
+    layer = MoE(MoEConfig(hidden_size=4, intermediate_size=3, num_experts=5, top_k=2, capacity=capacity))
+    _, routing = layer(torch.randn(4, 6, 4))
+    assert routing.rows_per_expert == 12
 
 
 @settings(max_examples=120)

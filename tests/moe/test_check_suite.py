@@ -31,7 +31,7 @@ from moekit.moe import EXPERTS, ROUTERS, MoE, Routing, RoutingRecord
 from tolerances import near
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-SILENT = ("topk", "sigmoid", "top_p", "expert_choice", "hierarchical", "sinkhorn")  # without noise of their own
+SILENT = ("topk", "switch", "sigmoid", "top_p", "expert_choice", "hierarchical", "sinkhorn")  # no noise of their own
 each_router = pytest.mark.parametrize("router", ROUTER_CASES)
 routed = pytest.mark.parametrize(("router", "capacity"), params(ROUTED))
 modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -191,3 +193,17 @@ def test_errors_name_what_was_wrong():
         UnknownNameError, match="unknown expert kind 'big'; choose from: clamped_swiglu, mixed, mlp, swiglu"
     ):
         make(expert="big")
+
+
+def test_input_jitter_reaches_router_and_experts_in_training_alone():
+    config = moekit.MoEConfig(hidden_size=6, intermediate_size=4, num_experts=4, top_k=2, input_jitter=0.3)
+    layer, x = moekit.MoE(config).double(), torch.randn(2, 5, 6, dtype=torch.float64)
+    plain = moekit.MoE(dataclasses.replace(config, input_jitter=0.0)).double()
+    plain.load_state_dict(layer.state_dict())
+    assert torch.equal(layer.eval()(x)[0], plain.eval()(x)[0])
+    torch.manual_seed(3)
+    got, _ = layer.train()(x)
+    torch.manual_seed(3)
+    want, _ = plain.train()(x * torch.empty_like(x).uniform_(0.7, 1.3))
+    assert torch.equal(got, want)
+    assert not torch.allclose(got, plain(x)[0])

@@ -28,7 +28,8 @@ def small(folder: Path, **changes) -> Study:
 
 def test_every_causal_router_is_compared():
     names = {(each.moe or {}).get("router", "topk") for each in ROUTER_CONTENDERS}
-    assert names == {name for name in ROUTER_OPTIONS if ROUTER_OPTIONS[name].causal}
+    of_a_model = {"switch"}  # in fp32 it is topk with softmax first
+    assert names == {name for name in ROUTER_OPTIONS if ROUTER_OPTIONS[name].causal} - of_a_model
 
 
 def test_each_contender_runs_and_pays_for_no_more_than_the_dense_one(tmp_path):

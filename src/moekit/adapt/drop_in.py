@@ -83,7 +83,7 @@ class DropIn(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) → (..., D)."""
-        y, routing = self.moe(x)
+        y, routing = self._run(x)
         if not _recomputing():
             self._keep(routing)
         elif self._debts and torch.is_grad_enabled():
@@ -96,6 +96,10 @@ class DropIn(nn.Module):
         if self._totals is not None:
             self.moe.router.after_step(self._totals)
             self._totals = None
+
+    def _run(self, x: Tensor) -> tuple[Tensor, Routing]:
+        y, routing = self.moe(x)
+        return y, routing
 
     def _keep(self, routing: Routing) -> None:
         if self._debts:

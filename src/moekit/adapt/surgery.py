@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from moekit.adapt.adopt import adopt, is_adoptable
 from moekit.adapt.dense import check_replaceable, read_mlp
 from moekit.adapt.drop_in import DropIn, ModelPass
 from moekit.adapt.from_dense import layer_from_dense
@@ -28,13 +29,21 @@ __all__ = ["after_step", "routings", "to_moe"]
 M = TypeVar("M", bound=nn.Module)
 
 
-def to_moe(model: M, where: str | Sequence[str], config: SurgeryConfig | MoEConfig | None = None, **settings: Any) -> M:
+def to_moe(
+    model: M,
+    where: str | Sequence[str] | None = None,
+    config: SurgeryConfig | MoEConfig | None = None,
+    **settings: Any,
+) -> M:
     """Replace the MLPs that `where` names by MoE layers made of them; returns the same model, changed.
+
+    MoE layers of transformers that keep experts of their own (Switch, DBRX) become moekit's with the same weights,
+    router and capacity, where they are named without settings; all of them when `where` is None.
 
     Args:
         model: anything; operate before it is wrapped, sharded, compiled or given to an optimizer.
         where: dotted names of submodules; `*` and `?` stand for parts of one name, so "transformer.h.*.mlp" is the
-            MLP of every block.
+            MLP of every block. None: every layer of Switch or DBRX.
         config: how the experts are made. A `MoEConfig` makes a fresh layer instead, with random experts, in place
             of any module that maps a tensor to one of its shape.
         settings: the fields of a `SurgeryConfig`, instead of one.
@@ -52,15 +61,22 @@ def to_moe(model: M, where: str | Sequence[str], config: SurgeryConfig | MoEConf
     """
     if config is not None and settings:
         raise ConfigError(f"give either a config or its fields ({', '.join(settings)}), not both")
+    if where is None and (config is not None or settings):
+        raise ConfigError("where says which MLPs become experts: name them")
+    keep = config is None and not settings
     config = config or from_dict(SurgeryConfig, settings, source="to_moe")
     if config.router == "hash":
         raise UnsupportedError("the hash router needs token ids, and a layer inside a model never sees them")
     model_pass = ModelPass()
     generator = torch.Generator().manual_seed(config.seed if isinstance(config, SurgeryConfig) else 0)
-    made = {}
-    for name in _names(model, where):
+    made: dict[str, DropIn] = {}
+    for name in _adoptable(model) if where is None else _names(model, where):
+        module = model.get_submodule(name)
         try:
-            made[name] = _drop_in(model.get_submodule(name), config, generator, model_pass)
+            if keep and is_adoptable(module):
+                made[name] = adopt(module, model_pass)
+            else:
+                made[name] = _drop_in(module, config, generator, model_pass)
         except UnsupportedError as error:
             raise UnsupportedError(_refusal(model, name, error)) from None
     for name, layer in made.items():
@@ -105,6 +121,13 @@ def _layers(model: nn.Module) -> list[DropIn]:
     return layers
 
 
+def _adoptable(model: nn.Module) -> list[str]:
+    names = [name for name, module in model.named_modules() if is_adoptable(module)]
+    if not names:
+        raise UnsupportedError(f"the {type(model).__name__} has no MoE layer of Switch or DBRX: name its MLPs in where")
+    return names
+
+
 def _names(model: nn.Module, where: str | Sequence[str]) -> list[str]:
     """Names of the modules that the patterns match, in the model's order; of one with two names, the first."""
     patterns = [where] if isinstance(where, str) else list(where)
@@ -135,6 +158,8 @@ def _drop_in(
 ) -> DropIn:
     if any(isinstance(part, DropIn | MoE) for part in module.modules()):
         raise UnsupportedError("it is a Mixture of Experts already")
+    if is_adoptable(module) and not isinstance(config, MoEConfig):
+        raise UnsupportedError("it is a Mixture of Experts already: to_moe without settings keeps its weights")
     if isinstance(config, MoEConfig):
         return _fresh(module, config, model_pass).train(module.training)
     mlp = read_mlp(module)

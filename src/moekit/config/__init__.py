@@ -32,6 +32,7 @@ from moekit.config.routers import (
     RouterOptions,
     SigmoidOptions,
     SinkhornOptions,
+    SwitchOptions,
     TopKOptions,
     TopPOptions,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "SigmoidOptions",
     "SinkhornOptions",
     "SurgeryConfig",
+    "SwitchOptions",
     "TopKOptions",
     "TopPOptions",
     "TrainConfig",

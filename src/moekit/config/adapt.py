@@ -12,7 +12,7 @@ from moekit.config.routers import RouterOptions
 __all__ = ["SurgeryConfig", "UpcycleConfig"]
 
 # Routers whose choice in eval is the K highest logits, of equals the lower number: equal rows go together.
-_TAKES_HIGHEST = ("topk", "sigmoid", "noisy_topk", "gshard", "sinkhorn", "gumbel")
+_TAKES_HIGHEST = ("topk", "switch", "sigmoid", "noisy_topk", "gshard", "sinkhorn", "gumbel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +149,7 @@ class UpcycleConfig:
     def _normalised(self) -> bool:
         options = self._unit.options
         if not options.gated:
-            return self.router != "expert_choice"
+            return self.router not in ("expert_choice", "switch")
         return self.norm_topk_prob or (self.gate_order == "topk_softmax" and not options.sigmoid)
 
     @property

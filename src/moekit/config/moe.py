@@ -34,6 +34,9 @@ class CapacityConfig:
     """Room relative to an even share; 1.0 leaves none to spare."""
     tokens: int | None = None
     """Room as a number of tokens, instead of a factor."""
+    per: Literal["batch", "sequence"] = "batch"
+    """Where the room is counted: over all tokens of a call, or in each sequence of x (batch, length, hidden) alone,
+    whose whole length is T then (transformers' Switch; the groups of 2006.16668 §3.1)."""
     order: Literal["position", "probability"] = "position"
     """Who comes first: all first choices, then all second ones, each in token order (2006.16668 algorithm 1); or the
     assignments with the highest probability (2106.05974 §3.3 ranks whole tokens so). Except for position with K = 1 and
@@ -51,6 +54,7 @@ class CapacityConfig:
         if self.tokens is not None:
             positive(self, "tokens")
         check(self.factor is None or 0 < self.factor < math.inf, f"capacity factor must be above 0, not {self.factor}")
+        choice(self, "per", ("batch", "sequence"))
         choice(self, "order", ("position", "probability"))
         choice(self, "overflow", ("drop", "next"))
         choice(self, "lost_weight", ("lose", "renormalise"))
@@ -121,6 +125,9 @@ class MoEConfig:
     """Router rows start as N(0, scale / D); Switch Transformer uses 0.1."""
     capacity: CapacityConfig | None = None
     """How many tokens an expert may take; None, the default, is dropless."""
+    input_jitter: float = 0.0
+    """Multiply what router and experts read by U(1 − j, 1 + j) while training (DBRX, Phi-3.5-MoE); the router option
+    `jitter` is for the router's input alone."""
     expert: str = "swiglu"
     """Name in the expert registry: swiglu (gate, up, down), mlp (up, down), clamped_swiglu (gpt-oss) or mixed (see
     expert_groups)."""
@@ -148,6 +155,7 @@ class MoEConfig:
         self.options.check(self.num_experts, self.top_k)
         self._check_gate()
         check(self.router_init_scale >= 0, f"router_init_scale must be at least 0, not {self.router_init_scale}")
+        check(0 <= self.input_jitter < 1, f"input_jitter must lie in [0, 1), not {self.input_jitter}")
         if self.capacity is not None:
             check(self.router != "expert_choice", "expert_choice fills every expert exactly: it takes no capacity")
         self._check_experts()

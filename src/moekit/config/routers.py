@@ -21,6 +21,7 @@ __all__ = [
     "RouterOptions",
     "SigmoidOptions",
     "SinkhornOptions",
+    "SwitchOptions",
     "TopKOptions",
     "TopPOptions",
 ]
@@ -140,6 +141,17 @@ class SigmoidOptions(TopKOptions):
     sigmoid: ClassVar[bool] = True
     bias: bool = True
     """Keep the selection bias; its values are a buffer, always fp32, without gradient."""
+
+
+@ROUTER_OPTIONS.register("switch")
+@dataclass(frozen=True, kw_only=True)
+class SwitchOptions(GateOptions):
+    """The most probable experts as transformers' Switch finds them: by probabilities in the tokens' dtype."""
+
+    source: ClassVar[str] = "2101.03961 eq 1–2; transformers 5.23, modeling_switch_transformers.py"
+    gated: ClassVar[bool] = False
+    gate_bias: bool = False
+    """Add a learned bias to the logits."""
 
 
 @ROUTER_OPTIONS.register("noisy_topk")

@@ -245,7 +245,7 @@ def find_sites(model: nn.Module) -> Iterator[Site]:
     for path, module in modules.items():
         if isinstance(module, Router):
             yield Site(path, module.config.num_experts, module, None, _backbone(path))
-        elif type(module).__name__ in _ROUTERS:
+        elif type(module).__name__ in _ROUTERS and next(module.parameters(), None) is not None:  # one without: to_moe's
             yield Site(path, module.num_experts, module, None, _backbone(path))
         elif any(set(names) <= set(parameters_of(module)) for names in _CALLS):
             yield Site(path, _num_experts(module), _router_beside(path, modules), module, _backbone(path))

@@ -1,7 +1,7 @@
 """Capacity: how many tokens an expert takes, who comes first, and where the others go.
 
 Pure functions of a choice and its scores; weights are the router's business.
-Shapes: T tokens, E experts, A assignments, N assignments that still look for room.
+Shapes: T tokens, S sequences, E experts, A assignments, N assignments that still look for room.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ def limit(
     wanted_A: Tensor,
     scores_TE: Tensor,
     probs_TE: Tensor,
+    sequences: int = 1,
 ) -> tuple[Choice, Tensor]:
-    """Let every expert take at most `rows` assignments.
+    """Let every expert take at most `rows` assignments of each sequence.
 
     Args:
         choice: what the router chose, in token order.
@@ -32,6 +33,7 @@ def limit(
         wanted_A: bool; the assignments that look for room: not those of padding, or that were skipped by chance.
         scores_TE: what ranks the experts of a token; −inf where one is out of the question.
         probs_TE: what ranks the assignments in order "probability".
+        sequences: how many of equal length the tokens are; one sequence's tokens take no room from another's.
     Returns:
         The choice with overflowing assignments moved (overflow "next": in rounds, so that nobody moves before all have
         asked for what they chose), and bool (A,): which of its rows have room.
@@ -39,19 +41,22 @@ def limit(
     """
     tokens_A, experts_A = choice.token_ids_A, choice.expert_ids_A.clone()
     kept_A = torch.zeros_like(tokens_A, dtype=torch.bool)
-    room_E = torch.full((scores_TE.shape[1],), rows, device=tokens_A.device)
+    room_SE = torch.full((sequences, scores_TE.shape[1]), rows, device=tokens_A.device)
+    sequence_A = tokens_A // max(1, scores_TE.shape[0] // sequences)
     order_A = _order(choice, probs_TE, config)
     waiting_N = order_A[wanted_A[order_A]]
     taken_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
     taken_TE[tokens_A, experts_A] = True
     while waiting_N.numel():
-        fits_N = rank_in_group(experts_A[waiting_N]) < room_E[experts_A[waiting_N]]
+        seats_N = sequence_A[waiting_N] * room_SE.shape[1] + experts_A[waiting_N]
+        fits_N = rank_in_group(seats_N) < room_SE.flatten()[seats_N]
         kept_A[waiting_N[fits_N]] = True
-        room_E -= torch.bincount(experts_A[waiting_N[fits_N]], minlength=room_E.shape[0])
+        room_SE -= torch.bincount(seats_N[fits_N], minlength=room_SE.numel()).view_as(room_SE)
         waiting_N = waiting_N[~fits_N]
         if config.overflow == "drop":
             break
-        waiting_N = _move(waiting_N, tokens_A, experts_A, scores_TE, room_E, taken_TE)
+        room_NE = room_SE[sequence_A[waiting_N]]
+        waiting_N = _move(waiting_N, tokens_A, experts_A, scores_TE, room_NE, taken_TE)
     return Choice(tokens_A, torch.where(kept_A, experts_A, choice.expert_ids_A), choice.top_k), kept_A
 
 
@@ -81,13 +86,13 @@ def _order(choice: Choice, probs_TE: Tensor, config: CapacityConfig) -> Tensor:
 
 
 def _move(
-    waiting_N: Tensor, tokens_A: Tensor, experts_A: Tensor, scores_TE: Tensor, room_E: Tensor, taken_TE: Tensor
+    waiting_N: Tensor, tokens_A: Tensor, experts_A: Tensor, scores_TE: Tensor, room_NE: Tensor, taken_TE: Tensor
 ) -> Tensor:
     """Point each waiting assignment at its token's best expert that has room and that the token does not hold.
 
     One a token and round, so that two of the same token do not meet. Returns those that still have somewhere to go.
     """
-    open_NE = (room_E > 0) & ~taken_TE[tokens_A[waiting_N]] & (scores_TE[tokens_A[waiting_N]] > -torch.inf)
+    open_NE = (room_NE > 0) & ~taken_TE[tokens_A[waiting_N]] & (scores_TE[tokens_A[waiting_N]] > -torch.inf)
     waiting_N, open_NE = waiting_N[open_NE.any(dim=1)], open_NE[open_NE.any(dim=1)]
     now_N = rank_in_group(tokens_A[waiting_N]) == 0
     scores_NE = scores_TE[tokens_A[waiting_N]].masked_fill(~open_NE, -torch.inf)

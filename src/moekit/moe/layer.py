@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor, nn
 
 from moekit.config import MoEConfig
@@ -51,8 +54,9 @@ class MoE(nn.Module):
         """
         if x.shape[-1] != self.config.hidden_size:
             raise ConfigError(f"the layer's hidden_size is {self.config.hidden_size}, but x has {x.shape[-1]} features")
-        x_TD = x.reshape(-1, x.shape[-1])
-        routing: Routing = self.router(x_TD, _flat(mask), _flat(input_ids))
+        x_TD = self._jittered(x.reshape(-1, x.shape[-1]))
+        sequences = math.prod(x.shape[:-2])
+        routing: Routing = self.router(x_TD, _flat(mask), _flat(input_ids), max(1, sequences))
         y_TD = self.experts.decode(x_TD, routing)
         if y_TD is None and type(self.dispatcher) is LocalDispatcher:
             y_TD = self.experts.fused(x_TD, routing)
@@ -63,6 +67,12 @@ class MoE(nn.Module):
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD).to(y_TD.dtype)
         return y_TD.view(x.shape), routing
+
+    def _jittered(self, x_TD: Tensor) -> Tensor:
+        jitter = self.config.input_jitter
+        if not self.training or not jitter:
+            return x_TD
+        return x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
 
 
 def _flat(values: Tensor | None) -> Tensor | None:

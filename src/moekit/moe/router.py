@@ -93,19 +93,22 @@ class Router(nn.Module):
         if self.weight is not None:
             nn.init.normal_(self.weight, std=(self.config.router_init_scale / self.weight.shape[1]) ** 0.5)
 
-    def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, input_ids_T: Tensor | None = None) -> Routing:
+    def forward(
+        self, x_TD: Tensor, mask_T: Tensor | None = None, input_ids_T: Tensor | None = None, sequences: int = 1
+    ) -> Routing:
         """Route (T, D) hidden states of any float dtype.
 
         Args:
             mask_T: bool, True for real tokens.
             input_ids_T: int64, the tokens' ids in the vocabulary; only the hash router reads them.
+            sequences: how many sequences of equal length the tokens are, for a capacity per sequence.
         """
         past = next_decision(x_TD.shape[0], self.config.num_experts, x_TD.device)
         fresh = self._seed()  # also for a replay, so that what draws after this layer draws the same numbers again
         seed = fresh if past is None else past.seed
         with torch.autocast(x_TD.device.type, enabled=False):
             scores = self._score(x_TD, None if seed is None else Noise(seed, x_TD.device))
-            decision = decided(past, lambda: self._decide(scores, mask_T, input_ids_T, seed))
+            decision = decided(past, lambda: self._decide(scores, mask_T, input_ids_T, seed, sequences))
             return self._routing(scores, decision, mask_T)
 
     def after_step(self, totals: RoutingTotals) -> None:
@@ -161,13 +164,21 @@ class Router(nn.Module):
         """What the tokens that want an expert are compared by: its probability."""
         return gate_TE.softmax(dim=-1)
 
-    def _decide(self, scores: Scores, mask_T: Tensor | None, input_ids_T: Tensor | None, seed: int | None) -> Decision:
+    def _decide(
+        self, scores: Scores, mask_T: Tensor | None, input_ids_T: Tensor | None, seed: int | None, sequences: int
+    ) -> Decision:
         gate_TE = scores.gate_TE.detach()
         choice = self._choose(gate_TE, mask_T, input_ids_T)
-        return self._limited(choice, gate_TE, mask_T, seed)
+        return self._limited(choice, gate_TE, mask_T, seed, sequences)
 
     def _limited(
-        self, choice: Choice, gate_TE: Tensor, mask_T: Tensor | None, seed: int | None, sent_A: Tensor | None = None
+        self,
+        choice: Choice,
+        gate_TE: Tensor,
+        mask_T: Tensor | None,
+        seed: int | None,
+        sequences: int,
+        sent_A: Tensor | None = None,
     ) -> Decision:
         """The choice after capacity. Assignments not in `sent_A` (bool) count for the weights, but go nowhere."""
         tokens, experts = gate_TE.shape
@@ -176,7 +187,9 @@ class Router(nn.Module):
             return Decision(choice, tokens, experts, sent_A, seed=seed)
         chosen = choice if sent_A is None else choice.where(sent_A)
         sent_A = torch.ones_like(choice.token_ids_A, dtype=torch.bool) if sent_A is None else sent_A
-        rows = capacity.of(tokens if mask_T is None else int(mask_T.sum()), experts, self.config.top_k)
+        sequences = sequences if capacity.per == "sequence" else 1
+        counted = tokens // sequences if sequences > 1 or mask_T is None else int(mask_T.sum())
+        rows = capacity.of(counted, experts, self.config.top_k)
         moved, kept_A = limit(
             choice,
             rows,
@@ -184,11 +197,12 @@ class Router(nn.Module):
             wanted_A=sent_A if mask_T is None else sent_A & mask_T[choice.token_ids_A],
             scores_TE=self._selection(gate_TE),
             probs_TE=self._affinity(gate_TE),
+            sequences=sequences,
         )
         lost_A = sent_A & ~kept_A
         if capacity.lost_weight == "renormalise" and lost_A.any():
             moved, kept_A = moved.where(~lost_A), kept_A[~lost_A]
-        return Decision(moved, tokens, experts, kept_A, chosen, seed, rows if capacity.pad else None)
+        return Decision(moved, tokens, experts, kept_A, chosen, seed, rows * sequences if capacity.pad else None)
 
     def _routing(self, scores: Scores, decision: Decision, mask_T: Tensor | None) -> Routing:
         choice = decision.options

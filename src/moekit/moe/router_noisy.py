@@ -79,17 +79,19 @@ class GShardRouter(Router):
     def _is_noisy(self) -> bool:
         return True
 
-    def _decide(self, scores: Scores, mask_T: Tensor | None, input_ids_T: Tensor | None, seed: int | None) -> Decision:
+    def _decide(
+        self, scores: Scores, mask_T: Tensor | None, input_ids_T: Tensor | None, seed: int | None, sequences: int
+    ) -> Decision:
         gate_TE = scores.gate_TE.detach()
         pairs = Choice.regular(top(gate_TE, 2))
         if seed is None:
-            return self._limited(pairs, gate_TE, mask_T, seed)
+            return self._limited(pairs, gate_TE, mask_T, seed, sequences)
         tokens = gate_TE.shape[0]
         second_T = softmax_by_token(picked(gate_TE, pairs), pairs, tokens).view(tokens, 2)[:, 1]
         # A stream of its own: the seed's own has drawn the noise of the logits.
         taken_T = 2 * second_T > Noise(seed + 1, gate_TE.device).uniform(tokens)
         taken_A = torch.stack([torch.ones_like(taken_T), taken_T], dim=1).flatten()
-        return self._limited(pairs, gate_TE, mask_T, seed, taken_A)
+        return self._limited(pairs, gate_TE, mask_T, seed, sequences, taken_A)
 
 
 @ROUTERS.register("gumbel")
