@@ -1,5 +1,6 @@
 // Python sees addresses and sizes; moekit.kernels.cpu has checked shapes, types and contiguity.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -8,6 +9,7 @@
 #include "ops.h"
 #include "quant_ops.h"
 #include "stream.h"
+#include "workspace.h"
 
 namespace nb = nanobind;
 using namespace moekit;
@@ -157,6 +159,16 @@ void mlp_backward(const Addresses& in, Address grad, Address pre, const Addresse
                    size(sizes, gated, activation, dtype, out_dtype, threads));
 }
 
+// A tensor of uninitialised numbers; its memory is kept when it is gone.
+nb::ndarray<nb::pytorch> empty(const std::vector<size_t>& shape, int dtype) {
+  size_t bytes = element_size(dtype);
+  for (size_t each : shape) bytes *= each;
+  void* const data = take_array(bytes);
+  const nb::capsule owner(data, [](void* array) noexcept { give_back(array); });
+  return {data, shape.size(), shape.data(), owner, nullptr,
+          dtype == kF32 ? nb::dtype<float>() : nb::dlpack::dtype{std::uint8_t(nb::dlpack::dtype_code::Bfloat), 16, 1}};
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -170,6 +182,8 @@ NB_MODULE(_native, m) {
   bind_decode(m);
   m.def("moe_mlp", mlp);
   m.def("moe_mlp_backward", mlp_backward);
+  m.def("empty", empty);
+  m.def("release_memory", release_arrays, Free());
   m.def("read_memory", [](Address data, i64 bytes, int threads) { return read_memory(pointer(data), bytes, threads); },
         Free());
   m.def("available_isas", available_isas);

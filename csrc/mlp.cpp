@@ -194,7 +194,6 @@ void Layer::sum_by_token(const Rows& rows, i64 depth, const float* weights, cons
 }
 
 void Layer::forward(void* out_TD, void* pre_AG) {
-  if (pre_AG) prefer_large_pages(pre_AG, order_.rows() * s_.inner.width() * element_size(s_.dtype));
   Workspace memory(bytes_of(order_.rows(), s_.hidden) + bytes_of(order_.rows(), s_.inner.inner));
   const Rows hidden = new_rows(memory, order_.rows(), s_.inner.inner);
   activate(gather(memory, in_.x_TD, s_.dtype), hidden, pre_AG);
@@ -236,7 +235,6 @@ void Layer::activate_backward(const Rows& grad, const void* pre_AG, const Rows& 
 
 // out_E = Σ over the rows of each expert of left ⊗ right, and bias_E = Σ weights · left.
 void Layer::outer(const Side& left, const Side& right, const float* weights, void* out, void* bias) const {
-  if (out) prefer_large_pages(out, s_.experts * left.width * right.width * element_size(s_.dtype));
   std::vector<Task> tasks;
   for (i64 e = 0; e < s_.experts; ++e)
     for (i64 m = 0; m < left.width; m += kOuterRows) tasks.push_back({e, m, std::min(kOuterRows, left.width - m), 0});
@@ -252,7 +250,6 @@ void Layer::outer(const Side& left, const Side& right, const float* weights, voi
 
 void Layer::outer_task(const Task& t, const Side& left, const Side& right, void* out) const {
   const i64 begin = order_.first[t.expert], end = order_.first[t.expert + 1];
-  populate(out, t.rows * right.width * element_size(s_.dtype));
   if (begin == end) {
     std::memset(out, 0, t.rows * right.width * element_size(s_.dtype));
     return;

@@ -33,10 +33,12 @@ class Workspace {
 // This thread's own, at least so large; what was in it is lost.
 void* thread_scratch(size_t bytes);
 
-// Ask for large pages behind an array that is about to be written for the first time: fewer page faults.
-void prefer_large_pages(void* memory, size_t bytes);
-
-// Bring an array that is about to be written for the first time into memory at once, not fault by fault.
-void populate(void* memory, size_t bytes);
+// Arrays that outlive the call which makes them, as gradients do. What is given back serves the next array of about its
+// size, so that a step of training writes to the memory of the step before, with no page to be cleared. Blocks in use
+// and blocks kept are together never more than were once in use at one time, and the system may take kept pages when it
+// is short of memory.
+void* take_array(size_t bytes);
+void give_back(void* array);
+void release_arrays();  // those that are kept
 
 }  // namespace moekit

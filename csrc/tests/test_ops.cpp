@@ -2,6 +2,7 @@
 // sanitizers and emulators can run it. Every array is a heap block of exactly its size, filled with NaN: a read or
 // write past its end is AddressSanitizer's, an element that nobody wrote is a failure.
 #include <cstdio>
+#include <cstring>
 #include <functional>
 #include <random>
 #include <sstream>
@@ -11,6 +12,7 @@
 
 #include "arrays.h"
 #include "ops.h"
+#include "workspace.h"
 
 namespace {
 
@@ -223,6 +225,28 @@ void test_decode() {
           test_one_decode({tokens, top_k, experts, hidden, inner, gated, activation, dtype, 1});
 }
 
+// ---- memory that is handed out and comes back ------------------------------------------------------------------
+
+void test_arrays() {
+  constexpr size_t kBytes = size_t{5} << 20;
+  const auto written = [](size_t bytes, int with) {
+    void* const array = take_array(bytes);
+    std::memset(array, with, bytes);
+    return static_cast<char*>(array);
+  };
+  char *const first = written(kBytes, 1), *const second = written(kBytes, 2);
+  check(first + kBytes <= second || second + kBytes <= first, "take_array", "two arrays overlap");
+  give_back(first);
+  char* const third = written(kBytes - 1000, 3);
+  check(third == first, "take_array", "what came back is not used again");
+  check(second[0] == 2 && second[kBytes - 1] == 2, "take_array", "an array in use was written to");
+  give_back(third);
+  give_back(written(3 * kBytes, 4));  // more than was ever in use: what is kept goes
+  give_back(second);
+  release_arrays();
+  give_back(written(kBytes, 5));
+}
+
 // ---- what must be refused before memory is touched ------------------------------------------------------------
 
 void test_refusals() {
@@ -245,6 +269,7 @@ int main() {
   test_grouped();
   test_decode();
   test_mlp();
+  test_arrays();
   test_refusals();
   for (const std::string& isa : available_isas()) std::printf("%s ", isa.c_str());
   std::printf("\n%d passed, %d failed\n", passed, failed);

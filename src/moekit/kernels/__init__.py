@@ -1,6 +1,7 @@
 """The ops that experts are made of, in the fastest backend that is correct here; `explain()` says which."""
 
 from moekit.kernels.autograd import grouped_mm, grouped_mm_transposed, grouped_outer, moe_decode
+from moekit.kernels.cpu import release_memory
 from moekit.kernels.linear import linear
 from moekit.kernels.mlp import moe_mlp
 from moekit.kernels.reference import activate
@@ -19,4 +20,5 @@ __all__ = [
     "linear",
     "moe_decode",
     "moe_mlp",
+    "release_memory",
 ]

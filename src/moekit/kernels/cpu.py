@@ -7,6 +7,7 @@ Numbers do not depend on the number of threads, which is `torch.get_num_threads(
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,9 +37,11 @@ __all__ = [
     "native",
     "num_threads",
     "quant_products",
+    "release_memory",
     "unavailable",
 ]
 
+_LARGE = 4 * 2**20  # bytes
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -190,8 +193,8 @@ def moe_mlp(inputs: MlpInputs, activation: str, out_dtype: torch.dtype, save: bo
         The result, and with `save` what `moe_mlp_backward` needs: the pre-activations (A, G), sorted by expert.
     """
     held = inputs.native()  # alive until the call is over
-    out_TD = torch.empty(held.x_TD.shape, dtype=out_dtype)
-    pre_AG = held.x_TD.new_empty(held.expert_ids_A.shape[0] if save else 0, held.in_proj_EGD.shape[1])
+    out_TD = _empty(held.x_TD.shape, out_dtype)
+    pre_AG = _empty((held.expert_ids_A.shape[0] if save else 0, held.in_proj_EGD.shape[1]), held.x_TD.dtype)
     addresses = (_addresses(held), out_TD.data_ptr(), pre_AG.data_ptr() if save else 0)
     _call_mlp("moe_mlp", addresses, held, activation, out_dtype)
     return out_TD, pre_AG
@@ -203,13 +206,27 @@ def moe_mlp_backward(
     """The gradients of `inputs.with_gradients()`, each where `needed`, else empty."""
     held, grad_TD = inputs.native(), grad_TD.contiguous()
     grads = [
-        torch.empty_like(each) if need and each is not None else grad_TD.new_empty(0)
+        _empty(each.shape, each.dtype) if need and each is not None else grad_TD.new_empty(0)
         for each, need in zip(held.with_gradients(), needed, strict=True)
     ]
     out = _addresses(grad if need else None for grad, need in zip(grads, needed, strict=True))
     addresses = (_addresses(held), grad_TD.data_ptr(), pre_AG.contiguous().data_ptr(), out)
     _call_mlp("moe_mlp_backward", addresses, held, activation, grad_TD.dtype)
     return grads
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Uninitialised; the memory of a large one is kept for the next when it is gone, see csrc/workspace.h."""
+    if math.prod(shape) * dtype.itemsize < _LARGE:
+        return torch.empty(shape, dtype=dtype)
+    tensor: Tensor = native().empty(shape, DTYPES[dtype])
+    return tensor
+
+
+def release_memory() -> None:
+    """Give back to the system what is kept of large results and gradients that nobody holds any more."""
+    if unavailable() is None:
+        native().release_memory()
 
 
 def _addresses(tensors: Iterable[Tensor | None]) -> list[int]:

@@ -7,6 +7,8 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from moekit.kernels import release_memory
+
 __all__ = ["freed_memory_kept"]
 
 # Parameters of mallopt(3), and glibc's own defaults.
@@ -24,14 +26,13 @@ def freed_memory_kept() -> Iterator[None]:
     same. Only glibc has these settings; with another C library nothing is changed.
     """
     library = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-    if library is None:
-        yield
-        return
     try:
-        for parameter, value in KEEP.items():
+        for parameter, value in KEEP.items() if library else ():
             library.mallopt(parameter, value)
         yield
     finally:
-        for parameter, value in DEFAULTS.items():
+        for parameter, value in DEFAULTS.items() if library else ():
             library.mallopt(parameter, value)
-        library.malloc_trim(0)
+        release_memory()
+        if library:
+            library.malloc_trim(0)
