@@ -7,6 +7,7 @@ temporary file. It knows nothing of what is written; every `OSError` becomes a `
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import secrets
@@ -21,8 +22,10 @@ from moekit.errors import FileError, FormatError, MoekitError, UnsafeFileError, 
 
 __all__ = [
     "file_errors",
+    "only_one",
     "open_regular",
     "parse_json",
+    "put_folder",
     "read_json",
     "replacing",
     "replacing_folder",
@@ -176,14 +179,53 @@ def replacing_folder(path: str | os.PathLike[str], last: str = "") -> Iterator[P
         temporary.mkdir()
         try:
             yield temporary
-            _sync_tree(temporary)
-            if final.exists():
-                _move_files(temporary, final, last)
-            else:
-                os.rename(temporary, final)
+            put_folder(temporary, final, last)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_folder(temporary: Path, final: Path, last: str = "") -> None:
+    """Make the folder `temporary` become `final`, as `replacing_folder` does at its end; both on one file system."""
+    with file_errors(final):
+        _sync_tree(temporary)
+        if final.exists():
+            _move_files(temporary, final, last)
+        else:
+            os.rename(temporary, final)
         _sync(final.parent)
+
+
+@contextmanager
+def only_one(folder: Path, doing: str) -> Iterator[None]:
+    """Hold `folder`, which is made where it is missing, for this process alone; a process that dies lets go.
+
+    Raises:
+        FileError: another process holds it; the message says what that is `doing`.
+    """
+    with file_errors(folder, "lock"):
+        while (descriptor := _locked(folder, doing)) is None:
+            pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _locked(folder: Path, doing: str) -> int | None:
+    """A descriptor that holds the folder; None when it lost its name before it was held, as its last holder may do."""
+    _make_folder(folder)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            return descriptor
+    except BlockingIOError:
+        os.close(descriptor)
+        raise FileError(f"another process is {doing}; wait for it, or stop it") from None
+    except FileNotFoundError:
+        pass
+    os.close(descriptor)
+    return None
 
 
 def _make_folder(folder: Path) -> None:

@@ -94,3 +94,25 @@ def test_interrupted(folders, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("moekit.models.safetensors_file._bytes", stop)
     assert cli.main(["pack", str(folders / "dense"), str(tmp_path / "out")]) == 130
     assert list(tmp_path.iterdir()) == []
+
+
+def test_random_weights_from_a_configuration_alone(folders, tmp_path, capsys):
+    config = folders / "moe" / "config.json"
+    code, result = pack(capsys, "--random", config, tmp_path / "out", "--quant", "nf4", "--seed", "3")
+    assert code == 0
+    assert result["bytes"] == (tmp_path / "out" / "packed.safetensors").stat().st_size
+    assert result["parameters"] == sum(
+        parameter.numel() for parameter in moekit.load(folders / "moe").decoder.parameters()
+    )
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "packed.safetensors"]
+    for verb in ("generate", "chat", "inspect"):
+        args = ["hello"] if verb == "generate" else []
+        assert cli.main([verb, str(tmp_path / "out"), *args]) == 2
+        assert "has no tokenizer" in capsys.readouterr().err
+    assert cli.main(["plan", str(tmp_path / "out")]) == 0
+
+
+def test_random_weights_have_no_quality(folders, tmp_path, capsys, text):
+    code, result = pack(capsys, folders / "moe", tmp_path / "out", "--random", "--text", text)
+    assert (code, list(tmp_path.iterdir())) == (2, [text])
+    assert "--random and --text exclude each other" in result["error"]

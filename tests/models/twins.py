@@ -219,11 +219,23 @@ def twin(name):
     family, options = FAMILIES[name]
     if not isinstance(family, str):
         return randomised(family(**SHAPE, **options))
-    kept = {key: value for key, value in {**SHAPE, **options}.items() if value is not None or key == "q_lora_rank"}
-    config = getattr(transformers, f"{family}Config")(**kept)
+    config = configuration(name)
     config._attn_implementation = "eager"
     model = getattr(transformers, f"{family}{'LMHeadModel' if family == 'GPT2' else 'ForCausalLM'}")(config).eval()
     return randomised(model)
+
+
+def configuration(name):
+    """Its configuration, for a family that transformers has."""
+    family, options = FAMILIES[name]
+    kept = {key: value for key, value in {**SHAPE, **options}.items() if value is not None or key == "q_lora_rank"}
+    return getattr(transformers, f"{family}Config")(**kept)
+
+
+def config_values(name):
+    """The keys and values of its config.json."""
+    family, options = FAMILIES[name]
+    return configuration(name).to_dict() if isinstance(family, str) else {**SHAPE, **options}
 
 
 def randomised(model):

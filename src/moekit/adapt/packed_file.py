@@ -19,7 +19,7 @@ from moekit.errors import UnsupportedError
 from moekit.models.decoder import Decoder
 from moekit.models.safetensors_file import SafetensorsWriter
 
-__all__ = ["CHECKSUM", "VERSION", "VERSION_NOTE", "PackedWriter", "checksum", "packed_formats"]
+__all__ = ["CHECKSUM", "VERSION", "VERSION_NOTE", "PackedWriter", "checksum", "packed_formats", "packed_state"]
 
 VERSION = "2"
 VERSION_NOTE = "moekit.packed"
@@ -47,17 +47,24 @@ def packed_formats(decoder: Decoder) -> dict[str, str]:
     return found
 
 
+def packed_state(decoder: Decoder) -> dict[str, Tensor]:
+    """The tensors of a quantised decoder's state_dict in the order of the file: packed ones first."""
+    formats = packed_formats(decoder)
+    state = {name: value for name, value in decoder.state_dict().items() if isinstance(value, Tensor)}
+    return {name: state[name] for name in sorted(state, key=lambda name: name not in formats)}
+
+
 class PackedWriter:
-    """Fills the file of a packed model, tensor by tensor in any order; a context manager, which closes it.
+    """Fills the file of a packed model, tensor by tensor, in any order, from any thread; a with statement opens it.
 
     Args:
         path: the file; what it holds already stays until it is written over.
         decoder: a quantised one; it may be without memory.
     Raises:
         UnsupportedError: nothing in it is packed.
-        FileError: the file could not be opened.
 
     Attributes:
+        path: the file.
         places: names to `StoredTensor`, in the file's order.
         formats: of those that are packed.
         sums: checksums of those that were written; `finish` needs them all.
@@ -68,22 +75,21 @@ class PackedWriter:
         self.formats = packed_formats(decoder)
         if not self.formats:
             raise UnsupportedError("this decoder is not quantised: save_decoder writes it")
-        state = {name: value for name, value in decoder.state_dict().items() if isinstance(value, Tensor)}
-        order = sorted(state, key=lambda name: name not in self.formats)
-        shapes = {name: (_stored_as(state[name].dtype), state[name].shape) for name in order}
-        self.sums: dict[str, str] = dict.fromkeys(order, "0" * 16)
+        shapes = {name: (_stored_as(value.dtype), value.shape) for name, value in packed_state(decoder).items()}
+        self.sums: dict[str, str] = dict.fromkeys(shapes, "0" * 16)
         self._file = SafetensorsWriter(path, shapes, self._notes(), align=PAGE)
-        self.places, self.size = self._file.places, self._file.size
+        self.path, self.places, self.size = self._file.path, self._file.places, self._file.size
         self.sums = {}
 
     def __enter__(self) -> Self:
+        self._file.__enter__()
         return self
 
     def __exit__(self, *ending: object) -> None:
         self._file.__exit__(*ending)
 
     def write(self, name: str, value: Tensor) -> None:
-        """Put the tensor `name` in its place."""
+        """Put the tensor `name` in its place. Raises `FileError`."""
         value = value.to(self.places[name].dtype)
         self._file.write(name, value)
         self.sums[name] = checksum(value)
@@ -93,9 +99,12 @@ class PackedWriter:
         assert self.sums.keys() == self.places.keys()
         self._file.finish(self._notes())
 
-    def sync(self) -> None:
-        """Wait until all that was written is on the disk."""
-        self._file.sync()
+    def keep(self, name: str, sum: str) -> bool:
+        """Whether the file has the tensor `name` with this checksum already; then it need not be written."""
+        if checksum(self._file.read(name)) != sum:
+            return False
+        self.sums[name] = sum
+        return True
 
     def _notes(self) -> dict[str, str]:
         sums = {f"{name}{CHECKSUM}": self.sums[name] for name in sorted(self.sums)}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moekit.adapt.packed_file import CHECKSUM, VERSION, VERSION_NOTE, PackedWriter, packed_formats
+from moekit.adapt.packed_file import CHECKSUM, VERSION, VERSION_NOTE, PackedWriter, packed_formats, packed_state
 from moekit.adapt.quant import replace_modules
 from moekit.adapt.quant_modules import PAGE, empty_twin, is_experts
 from moekit.errors import ConfigError, FormatError
@@ -49,9 +49,8 @@ def save_packed(decoder: Decoder, folder: str | os.PathLike[str], tokenizer: Tok
     with replacing_folder(folder, last="config.json") as temporary:
         write_beside(decoder, temporary, tokenizer)
         with PackedWriter(temporary / PACKED_WEIGHTS, decoder) as writer:
-            state = decoder.state_dict()
-            for name in writer.places:
-                writer.write(name, state[name])
+            for name, value in packed_state(decoder).items():
+                writer.write(name, value)
             writer.finish()
     remove_stale(Path(folder), {PACKED_WEIGHTS})
 

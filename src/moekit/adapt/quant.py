@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moekit.adapt.quant_modules import QuantEmbedding, QuantExperts, QuantLinear, QuantMatrix, empty_twin, is_experts
@@ -34,6 +35,7 @@ __all__ = [
     "hottest",
     "is_quantised",
     "load_quantised",
+    "packed_shape",
     "quantise",
     "replace_modules",
 ]
@@ -218,6 +220,11 @@ def load_quantised(
     return decoder.eval(), job.report()
 
 
+def packed_shape(decoder: Decoder, recipe: Recipe) -> None:
+    """Make a decoder without memory what `quantise` would make of it, without memory too."""
+    _Job(decoder, recipe, None, "meta").install()
+
+
 def hottest(
     counts_ME: Sequence[Sequence[int]], layers: Sequence[int], share: float, hot: str | Format, cold: str | Format
 ) -> dict[int, list[str | Format]]:
@@ -257,8 +264,8 @@ def replace_modules(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None
 class _Job:
     """The packed twins of a module's parts, and what has been put into them so far."""
 
-    def __init__(self, root: nn.Module, recipe: Recipe, progress: Progress | None) -> None:
-        self.root, self.recipe, self.progress = root, recipe, progress
+    def __init__(self, root: nn.Module, recipe: Recipe, progress: Progress | None, device: str = "cpu") -> None:
+        self.root, self.recipe, self.progress, self.device = root, recipe, progress, device
         self.packed: list[PackedTensor] = []
         self.kept: list[KeptTensor] = []
         self.reasons: dict[str, str] = {}
@@ -315,7 +322,8 @@ class _Job:
         if formats is not None and pattern is None:
             if part is self.root:
                 raise UnsupportedError(f"a {type(part).__name__} cannot be replaced in itself: give what holds it")
-            self.twins[name] = empty_twin(part, formats)
+            with torch.device(self.device):
+                self.twins[name] = empty_twin(part, formats)
         elif pattern is not None and not isinstance(part, Router):
             self.reasons[name] = f"its name matches {pattern!r}, which is skipped"
         else:

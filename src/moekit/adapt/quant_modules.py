@@ -260,19 +260,22 @@ class QuantExperts(_Quantised, Experts):
         gate_RF, up_RF = hidden_RG.chunk(2, dim=-1)
         return kernels.activate(gate_RF, self.activation) * up_RF
 
+    def matrix_shapes(self, expert: int) -> list[tuple[Format, int, int, int]]:
+        """Format, rows, columns and parts of an expert's two matrices."""
+        format = self.formats[expert]
+        return [(format, self.parts * self.inner, self.hidden, self.parts), (format, self.hidden, self.inner, 1)]
+
     def _sizes(self, format: Format) -> tuple[int, int]:
         """Bytes of an expert's two matrices."""
         first = format.matrix_bytes(self.parts * self.inner, self.hidden, self.parts)
         return first, format.matrix_bytes(self.hidden, self.inner)
 
-    def packed_expert(self, expert: int) -> tuple[Packed, Packed]:
-        """Its two matrices, without a copy."""
-        format, data = self.formats[expert], self.get_buffer(f"expert_{expert}")
-        first, second = self._sizes(format)
-        return (
-            Packed(data[:first], format, self.parts * self.inner, self.hidden, self.parts),
-            Packed(data[first : first + second], format, self.hidden, self.inner),
-        )
+    def packed_expert(self, expert: int, data: Tensor | None = None) -> tuple[Packed, Packed]:
+        """Its two matrices, without a copy; of `data` instead of its own buffer where that is given."""
+        data = self.get_buffer(f"expert_{expert}") if data is None else data
+        first, second = (format.matrix_bytes(*shape) for format, *shape in self.matrix_shapes(expert))
+        (format, *before), (_, *after) = self.matrix_shapes(expert)
+        return Packed(data[:first], format, *before), Packed(data[first : first + second], format, *after)
 
     def _matrices(self) -> tuple[Matrices, Matrices]:
         if self._views is None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+import signal
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +34,7 @@ class Options:
     """Quantise a model and write it to a folder that loads at once."""
 
     model: ModelPath
-    """Unquantised: a folder in Hugging Face layout, or a .gguf file."""
+    """Unquantised: a folder in Hugging Face layout, or a .gguf file; with --random, a config.json will do."""
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to write the packed model to."""
     quant: str = "int4"
@@ -45,6 +49,10 @@ class Options:
     """How much of the text: rows of --sequence-length tokens, spread evenly over it."""
     sequence_length: int = 256
     """Tokens in a row."""
+    random: bool = False
+    """Only MODEL's configuration is read, and the weights are random: for sizing and tests. No tokenizer is written."""
+    seed: int = 0
+    """Of --random."""
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
@@ -57,6 +65,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     # Refuse before reading gigabytes: what is misspelt, and what could not be written.
     Recipe.of(options.quant, options.head)
     hot = _hot(options)
+    if options.random:
+        return _random(options, console)
     config_to_hf(read_config(options.model))
     tokenizer = load_tokenizer(options.model)
     quality = None
@@ -69,6 +79,49 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     _tell(options, report, quality, console)
     result = {"out": options.out, "quant": options.quant, "head": options.head, **report.to_dict()}
     return result | {"quality": None if quality is None else quality.to_dict()}
+
+
+def _random(options: Options, console: Console) -> dict[str, Any]:
+    """Random weights straight into the file."""
+    from moekit.adapt.packing import write_packed
+    from moekit.adapt.quant import Recipe
+    from moekit.adapt.random_weights import RandomWeights
+    from moekit.commands.progress import BytesProgress
+    from moekit.models import read_config
+
+    if options.text:
+        raise ConfigError("random weights have no quality: --random and --text exclude each other")
+    maker = RandomWeights(read_config(options.model), Recipe.of(options.quant, options.head), options.seed)
+    with stops_on_sigterm(), BytesProgress(console, "packing") as bar:
+        done = write_packed(maker, options.out, progress=bar.on_bytes, tell=console.print)
+    console.print(f"all       {maker.parameters / 1e9:,.2f} billion random parameters, {readable_bytes(done.size)}")
+    console.print(f"next      moekit plan {options.out}; text needs a tokenizer, and random weights have none")
+    return {
+        "out": options.out,
+        "quant": options.quant,
+        "head": options.head,
+        "seed": options.seed,
+        "parameters": maker.parameters,
+        "bytes": done.size,
+        "resumed_bytes": done.resumed,
+    }
+
+
+@contextmanager
+def stops_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _hot(options: Options) -> tuple[str, float] | None:

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 if TYPE_CHECKING:
     from moekit.train.metrics import StepMetrics
     from moekit.train.study import Outcome
 
-__all__ = ["ShareProgress", "StudyProgress", "TrainingProgress", "parts"]
+__all__ = ["BytesProgress", "ShareProgress", "StudyProgress", "TrainingProgress", "parts"]
 
 
 class Bar:
     """A bar with the time left that disappears when done; a context manager. No terminal, nothing drawn."""
 
-    def __init__(self, console: Console, title: str, total: int, unit: str = "") -> None:
+    def __init__(
+        self, console: Console, title: str, total: int, unit: str = "", columns: Sequence[ProgressColumn] = ()
+    ) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
-            TextColumn("{task.completed}/{task.total}" + unit),
+            *(columns or [TextColumn("{task.completed}/{task.total}" + unit)]),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[shown]}"),
             console=console,
@@ -79,6 +90,17 @@ class ShareProgress(Bar):
     def on_part(self, done: int, total: int) -> None:
         """`done` of `total`, whatever is counted."""
         self._progress.update(self._task, completed=100 * done // total)
+
+
+class BytesProgress(Bar):
+    """Bytes that are done, how many a second, and the time left; its `on_bytes` is the callback."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        super().__init__(console, title, 0, columns=(DownloadColumn(), TransferSpeedColumn()))
+
+    def on_bytes(self, done: int, total: int) -> None:
+        """`done` of `total`."""
+        self._progress.update(self._task, completed=done, total=total)
 
 
 def parts(metrics: StepMetrics) -> str:

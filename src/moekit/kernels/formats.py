@@ -26,7 +26,7 @@ from torch import Tensor
 from moekit.errors import ConfigError, UnknownNameError
 from moekit.kernels.rounding import MXFP4_VALUES, NF4_LEVELS, QUANTISE, STRIP, power_of_two, table_of
 
-__all__ = ["Format", "Packed", "integers", "pack", "relative_error", "unpack"]
+__all__ = ["Format", "Packed", "integers", "interleaved", "pack", "relative_error", "unpack"]
 
 GROUPS = {"int8": (64, 32, 128), "int4": (32, 64, 128), "nf4": (64,), "mxfp4": (32,)}  # the default first
 _CHUNK = 1 << 18  # elements converted at a time: their temporaries stay in cache
@@ -170,7 +170,7 @@ def pack(weight: Tensor, format: Format, parts: int = 1) -> Packed:
             raise ConfigError(f"matrix {matrix}, rows {first} to {first + count - 1}: {error}") from None
         codes[count:] = format.zero_code
         codes[:, cols:] = format.zero_code
-        _write(strips, [_interleaved(codes, format), *tables], format.regions(cols))
+        _write(strips, [interleaved(codes, format), *tables], format.regions(cols))
     return packed
 
 
@@ -253,7 +253,7 @@ def _padded(values: Tensor, format: Format) -> Tensor:
 # ---- bytes ----------------------------------------------------------------------------------------------------------
 
 
-def _interleaved(codes: Tensor, format: Format) -> Tensor:
+def interleaved(codes: Tensor, format: Format) -> Tensor:
     """Codes (16 S, C) uint8 in the order of the codes region: (S, bytes)."""
     if format.bits == 8:
         return codes.view(-1, STRIP, codes.shape[1] // 4, 4).transpose(1, 2).flatten(1)
@@ -262,7 +262,7 @@ def _interleaved(codes: Tensor, format: Format) -> Tensor:
 
 
 def _rows_of(codes: Tensor, format: Format) -> Tensor:
-    """The inverse of `_interleaved`: (S, bytes) → (16 S, C)."""
+    """The inverse of `interleaved`: (S, bytes) → (16 S, C)."""
     quads = codes.view(codes.shape[0], -1, STRIP, 4).transpose(1, 2)
     if format.bits == 4:
         quads = torch.stack([quads & 15, quads >> 4], dim=3)

@@ -114,15 +114,13 @@ class SafetensorsFile:
 class SafetensorsWriter:
     """One safetensors file that is filled at its places, in any order, from any thread; the header comes last.
 
-    Until then the file begins with zeros, which no reader takes for a header. A context manager, which closes the file.
+    Until then a new file begins with zeros, which no reader takes for a header. The file is opened by a with statement.
 
     Args:
         path: the file; what it holds already stays until it is written over.
         tensors: names to (dtype, shape), in the order of the data.
         metadata: notes for the header.
         align: the data starts at a multiple of it, for which the header is filled up with spaces.
-    Raises:
-        FileError: it could not be opened.
 
     Attributes:
         places: names to `StoredTensor`.
@@ -145,11 +143,11 @@ class SafetensorsWriter:
             start = end
         self.size = start
         self._reserved = len(self._head(metadata))
+
+    def __enter__(self) -> Self:
         with file_errors(self.path):
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             os.ftruncate(self._file, self.size)
-
-    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *ending: object) -> None:
@@ -162,16 +160,20 @@ class SafetensorsWriter:
         assert data.nbytes == place.end - place.start, name
         self._put(data, place.start)
 
+    def read(self, name: str) -> Tensor:
+        """What is in the place of `name` now."""
+        place = self.places[name]
+        tensor = torch.empty(place.shape, dtype=place.dtype)
+        with file_errors(self.path, "read"), os.fdopen(os.dup(self._file), "rb", buffering=0) as file:
+            file.seek(place.start)
+            _fill(file, memoryview(_bytes(tensor)), f"{self.path} ends inside tensor {name!r}")
+        return tensor
+
     def finish(self, metadata: Mapping[str, str] | None = None) -> None:
         """Write the header, with notes as long as the first ones."""
         head = self._head(metadata)
         assert len(head) == self._reserved
         self._put(memoryview(head), 0)
-
-    def sync(self) -> None:
-        """Wait until all that was written is on the disk."""
-        with file_errors(self.path):
-            os.fsync(self._file)
 
     def _put(self, data: Any, start: int) -> None:
         view = memoryview(data)
