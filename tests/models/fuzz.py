@@ -25,12 +25,13 @@ from pathlib import Path
 
 import gguf
 import torch
+from gguf_twins import GGUF_TWINS
 from safetensors.torch import save_file
 from test_gguf_file import array, header, info, number, text, write_llama
-from twins import write
+from twins import VOCAB, write
 
 from moekit.errors import MoekitError
-from moekit.models import GGUFFile, SafetensorsFile, load_decoder, load_tokenizer, save_decoder
+from moekit.models import GGUFFile, SafetensorsFile, load_decoder, load_tokenizer, save_decoder, write_gguf
 
 SECONDS = 1.0
 """Of the processor: another process on the machine is no slowness of ours."""
@@ -46,6 +47,12 @@ NAMES = (
 )  # fmt: skip
 UNCHANGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error)
 """What a way to damage a file raises when an earlier one left nothing that it could change."""
+WORDS = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.tokens": [chr(33 + number) for number in range(VOCAB - 3)] + ["ab", "cd", "ef"],
+    "tokenizer.ggml.merges": ["a b", "c d", "e f"],
+}
 JUNK = (None, True, False, -1, 0.5, 1e308, "4", "", [], {}, [[]], [1] * 5000, 10**400, "F32", {"a": {"b": {}}})
 
 
@@ -60,7 +67,11 @@ def make_seeds(root: Path) -> list[Path]:
     for name, kind in {"f32": None, "q8_0": kinds.Q8_0, "q4_1": kinds.Q4_1}.items():
         (root / name).mkdir()
         write_llama(root / name / "model.gguf", kind)
-    return [root / name for name in ("single", "shards", "fp8", "f32", "q8_0", "q4_1")]
+    for name, twin in {"latent": "deepseek_v3 groups, yarn", "stretched": "llama llama3", "sinks": "gpt_oss"}.items():
+        write(twin, root / f"{name} in safetensors", GGUF_TWINS)
+        (root / name).mkdir()
+        write_gguf(load_decoder(root / f"{name} in safetensors"), root / name / "model.gguf", "f32", tokenizer=WORDS)
+    return [root / name for name in ("single", "shards", "fp8", "f32", "q8_0", "q4_1", "latent", "stretched", "sinks")]
 
 
 def make_fp8(folder: Path) -> None:

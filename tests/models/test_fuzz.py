@@ -34,7 +34,7 @@ def check(figures):
 
 
 def test_hundreds(tmp_path):
-    check(fuzz(tmp_path, 300, 2))
+    check(fuzz(tmp_path, 300, 3))
 
 
 @pytest.mark.heavy

@@ -160,9 +160,13 @@ def test_logits_equal_those_of_transformers(tmp_path, tied):
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
-        (lambda w: w.add_expert_shared_feed_forward_length(8), "shared experts of width 8"),
+        (lambda w: w.add_expert_shared_feed_forward_length(8), "expert_shared_feed_forward_length 8"),
+        (lambda w: w.add_sliding_window(8), "attention.sliding_window 8"),
+        (lambda w: w.add_expert_group_count(2), "expert_group_count 2"),
         (lambda w: w.add_expert_weights_scale(2.5), "expert_weights_scale 2.5"),
-        (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "rope.scaling.type 'yarn'"),
+        (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "rope.scaling.type 'longrope'"),
+        (lambda w: w.add_rope_scaling_attn_factors(2.0), "rope.scaling.attn_factor 2.0"),
+        (lambda w: w.add_tensor("rope_freqs.weight", np.full(8, 2, np.float32)), "other factors than Llama 3's"),
     ],
 )
 def test_what_would_be_computed_wrongly_is_refused(tmp_path, extra, words):
@@ -179,8 +183,8 @@ def test_other_families_and_stray_tensors_are_named(tmp_path):
     path.write_bytes(data.replace(b"blk.1.attn_v", b"blk.7.attn_v"))
     with pytest.raises(FormatError, match=r"'blk\.1\.attn_v\.weight' is missing"):
         load_decoder(path)
-    add = lambda w: w.add_tensor("rope_freqs.weight", np.ones(8, np.float32))  # noqa: E731
-    with pytest.raises(FormatError, match=r"no place for 'rope_freqs\.weight'"):
+    add = lambda w: w.add_tensor("attn_rot_embd.weight", np.ones(8, np.float32))  # noqa: E731
+    with pytest.raises(FormatError, match=r"no place for 'attn_rot_embd\.weight'"):
         load_decoder(write_llama(tmp_path / "b.gguf", extra=add))
 
 

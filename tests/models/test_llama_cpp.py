@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from gguf_twins import GGUF_TWINS
 from test_gguf_write import random_decoder
 from torch.nn import functional as F
+from twins import write
 
 from moekit.adapt import upcycle
 from moekit.bench.peers import LlamaCpp
@@ -77,6 +79,22 @@ def test_f32_logits_and_perplexity(name, tmp_path):
     got, want = theirs(tmp_path / "a.gguf", ids, cache="f32"), ours(decoder, ids)
     torch.testing.assert_close(got, want, **near("llama.cpp F32"))
     assert perplexity(got, ids) == pytest.approx(perplexity(want, ids), rel=rel("llama.cpp perplexity"))
+
+
+@pytest.mark.parametrize("name", GGUF_TWINS)
+def test_every_family(name, tmp_path):
+    """Made by transformers, loaded and written by us: llama.cpp's logits are ours, and so those of transformers."""
+    model = write(name, tmp_path / "theirs", GGUF_TWINS)
+    decoder = load_decoder(tmp_path / "theirs")
+    write_gguf(decoder, tmp_path / "a.gguf", "f32")
+    ids = torch.randint(decoder.config.vocab_size, (60,)).tolist()
+    with torch.no_grad():
+        original = model(torch.tensor([ids])).logits[0]
+    got, want = theirs(tmp_path / "a.gguf", ids, cache="f32"), ours(decoder, ids)
+    report(name, got, want, ids)
+    what = "llama.cpp's table of GELU" if decoder.config.activation == "gelu_tanh" else "llama.cpp F32"
+    torch.testing.assert_close(got, want, **near(what))
+    torch.testing.assert_close(got, original, **near(what))
 
 
 @pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])

@@ -214,9 +214,9 @@ FAMILIES = {
 }
 
 
-def twin(name):
+def twin(name, families=FAMILIES):
     """A transformers model in evaluation mode whose every parameter, biases and norms too, is random."""
-    family, options = FAMILIES[name]
+    family, options = families[name]
     if not isinstance(family, str):
         return randomised(family(**SHAPE, **options))
     config = configuration(name)
@@ -249,9 +249,9 @@ def randomised(model):
     return model
 
 
-def write(name, folder):
-    """The same model, and the folder it was written to."""
-    model = twin(name)
+def write(name, folder, families=FAMILIES):
+    """The same model, after it was written to the folder."""
+    model = twin(name, families)
     model.save_pretrained(folder)
     return model
 

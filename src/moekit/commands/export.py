@@ -14,7 +14,7 @@ from moekit.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-Type = Literal["f32", "f16", "q8_0", "q4_0"]
+Type = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 
 
 @dataclass(frozen=True)

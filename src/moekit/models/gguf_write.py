@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Any, BinaryIO, Literal, Protocol, cast
 
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
@@ -24,12 +24,13 @@ from moekit.files import replacing
 from moekit.kernels.formats import Format, Packed, integers, pack, unpack
 from moekit.kernels.quant import Matrices
 from moekit.models.decoder import Decoder
-from moekit.models.gguf_archs import GGUF_ARCHS, gguf_metadata
-from moekit.models.layout import Piece
+from moekit.models.gguf_archs import GGUF_ARCHS, gguf_constants, gguf_metadata
+from moekit.models.layout import Piece, stored_shape
+from moekit.models.weights import stored_tensors
 
 __all__ = ["GGUFType", "Written", "write_gguf"]
 
-GGUFType = Literal["f32", "f16", "q8_0", "q4_0"]
+GGUFType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 
 _ALIGNMENT = 32
 _BLOCK = 32
@@ -69,12 +70,17 @@ class Written:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor of the file: the piece of our parameter it holds, its shape there, its type and size."""
+    """One tensor of the file: the parts of our parameters that lie in it one after the other, its type and size."""
 
-    piece: Piece
+    name: str
     shape: tuple[int, ...]
     kind: GGMLQuantizationType
-    nbytes: int
+    parts: tuple[tuple[str, Piece], ...]
+
+    @property
+    def nbytes(self) -> int:
+        block, size = GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.shape) // block * size
 
 
 def write_gguf(
@@ -110,20 +116,24 @@ def write_gguf(
         "general.file_type": int(_FILE_TYPES[kind]),
         **({"general.quantization_version": 2} if {kind, vocabulary} & _QUANTISED else {}),
     }
-    plan = _plan(source.config, kind, vocabulary)
-    tensors = [tensor for group in plan.values() for tensor in group]
+    constants = {name: torch.tensor(values) for name, values in gguf_constants(source.config).items()}
+    made = [_Tensor(name, tuple(value.shape), GGMLQuantizationType.F32, ()) for name, value in constants.items()]
+    tensors = [*made, *_plan(source.config, kind, vocabulary)]
     total, done = sum(tensor.nbytes for tensor in tensors), 0
-    rounded_twice: list[str] = []
+    rounded_twice: dict[str, None] = {}
+    latest = _Latest(source)
     with replacing(path) as temporary:
         _write_header(temporary, metadata, tensors)
         with temporary.open("ab") as file:
-            for name, group in plan.items():
-                value = source.read(name)
-                for tensor in group:
-                    if not _holds(tensor.kind.name, value):
-                        rounded_twice.append(tensor.piece.name)
-                    _align(file)
-                    for data in _encoded(value, tensor):
+            for tensor in tensors:
+                _align(file)
+                if not tensor.parts:
+                    file.write(constants[tensor.name].numpy().data)
+                for name, piece in tensor.parts:
+                    value = latest.read(name)
+                    if not _holds(tensor.kind.name, value, piece):
+                        rounded_twice[tensor.name] = None
+                    for data in _encoded(value, piece, tensor.kind.name):
                         file.write(data.numpy().data)
                         done += data.numel()
                         if progress is not None:
@@ -131,7 +141,7 @@ def write_gguf(
             _align(file)
         nbytes = temporary.stat().st_size
     kinds = Counter(tensor.kind.name for tensor in tensors)
-    parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+    parameters = sum(math.prod(tensor.shape) for tensor in tensors if tensor.parts)
     return Written(nbytes, dict(kinds), parameters, tuple(rounded_twice))
 
 
@@ -139,6 +149,7 @@ _QUANTISED = {"q8_0", "q4_0"}
 _FILE_TYPES = {
     "f32": LlamaFileType.ALL_F32,
     "f16": LlamaFileType.MOSTLY_F16,
+    "bf16": LlamaFileType.MOSTLY_BF16,
     "q8_0": LlamaFileType.MOSTLY_Q8_0,
     "q4_0": LlamaFileType.MOSTLY_Q4_0,
 }
@@ -156,29 +167,51 @@ class _InMemory:
         matrices = getattr(module, leaf.removesuffix("_proj"), None)  # packed experts: gate_up and down
         if isinstance(matrices, Matrices):
             return [matrix for matrix in matrices.weights if isinstance(matrix, Packed)]
-        return self._decoder.get_parameter(name).detach()
+        value: Tensor = getattr(module, leaf)
+        return value.detach()
 
 
-def _plan(config: ModelConfig, kind: str, vocabulary: str) -> dict[str, list[_Tensor]]:
-    """Our parameters, in order, to the tensors that are made of each."""
-    layout, plan = GGUF_ARCHS[config.arch].layout, dict[str, list[_Tensor]]()
+class _Latest:
+    """Keeps the parameter that was read last: several tensors may be made of one."""
+
+    def __init__(self, source: Source) -> None:
+        self._source, self._name, self._value = source, "", cast(Value, [])
+
+    def read(self, name: str) -> Value:
+        if name != self._name:
+            self._value = []  # the one before is let go first
+            self._name, self._value = name, self._source.read(name)
+        return self._value
+
+
+def _plan(config: ModelConfig, kind: str, vocabulary: str) -> list[_Tensor]:
+    """The tensors of the file in the order of our parameters."""
+    layout = GGUF_ARCHS[config.arch].layout
     with torch.device("meta"):
-        parameters = dict(Decoder(config).named_parameters())
-    for name, parameter in parameters.items():
-        plan[name] = []
+        stored = stored_tensors(Decoder(config))
+    parts, shapes = dict[str, list[tuple[str, Piece]]](), dict[str, tuple[int, ...]]()
+    for name, value in stored.items():
         for piece in layout.pieces(name, config):
-            shape = tuple(parameter[piece.index].shape)
-            wanted = vocabulary if name in ("embed.weight", "head.weight") else kind
-            small = len(shape) == 1 or name.endswith("router.weight")
-            kept = GGMLQuantizationType["F32" if small else wanted.upper()]
-            block, size = GGML_QUANT_SIZES[kept]
-            if shape[-1] % block:
-                raise ConfigError(
-                    f"{piece.name!r} has rows of {shape[-1]} numbers, and {kept.name} needs a multiple of {block}; "
-                    "take f16 or f32"
-                )
-            plan[name].append(_Tensor(piece, shape, kept, math.prod(shape) // block * size))
-    return plan
+            before = shapes.get(piece.name)
+            assert not piece.stored or piece.stored[0].start == (before[0] if before else 0), "parts follow each other"
+            shapes[piece.name] = stored_shape(piece, value[piece.index].shape, before)
+            parts.setdefault(piece.name, []).append((name, piece))
+    return [_tensor(name, shapes[name], tuple(found), kind, vocabulary) for name, found in parts.items()]
+
+
+def _tensor(
+    name: str, shape: tuple[int, ...], parts: tuple[tuple[str, Piece], ...], kind: str, vocabulary: str
+) -> _Tensor:
+    parameter = parts[0][0]
+    wanted = vocabulary if parameter in ("embed.weight", "head.weight") else kind
+    small = len(shape) == 1 or parameter == "positions" or parameter.endswith(("router.weight", "_bias"))
+    kept = GGMLQuantizationType["F32" if small else wanted.upper()]
+    block, _ = GGML_QUANT_SIZES[kept]
+    if shape[-1] % block:
+        raise ConfigError(
+            f"{name!r} has rows of {shape[-1]} numbers, and {kept.name} needs a multiple of {block}; take f16 or f32"
+        )
+    return _Tensor(name, shape, kept, parts)
 
 
 def _write_header(path: Path, metadata: Mapping[str, Any], tensors: list[_Tensor]) -> None:
@@ -188,7 +221,7 @@ def _write_header(path: Path, metadata: Mapping[str, Any], tensors: list[_Tensor
             _add(writer, key, value)
     for tensor in tensors:
         # The writer asks for numpy's dtype as well, and looks at it only where the type is not given.
-        writer.add_tensor_info(tensor.piece.name, tensor.shape, None, tensor.nbytes, tensor.kind)  # type: ignore[arg-type]
+        writer.add_tensor_info(tensor.name, tensor.shape, None, tensor.nbytes, tensor.kind)  # type: ignore[arg-type]
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -214,19 +247,22 @@ def _align(file: BinaryIO) -> None:
     file.write(bytes(-file.tell() % _ALIGNMENT))
 
 
-def _holds(kind: str, value: Value) -> bool:
+def _holds(kind: str, value: Value, piece: Piece) -> bool:
     """Whether the type holds the numbers of a packed value as they are."""
     if isinstance(value, Tensor) or kind == "F32":
         return True
-    return kind in _FORMATS and all(
-        matrix.format.kind == _FORMATS[kind].kind and matrix.format.symmetric for matrix in value
-    )
+    return all(_same_codes(kind, matrix, piece) for matrix in value)
 
 
-def _encoded(value: Value, tensor: _Tensor) -> Iterator[Tensor]:
-    """The tensor's bytes, uint8, a few rows at a time."""
-    kind, heads = tensor.kind.name, tensor.piece.rotary_heads
-    for matrix in _matrices(value, tensor.piece.index, kind):
+def _same_codes(kind: str, matrix: Packed, piece: Piece) -> bool:
+    same = kind in _FORMATS and matrix.format.kind == _FORMATS[kind].kind
+    return same and matrix.format.symmetric and not piece.transposed
+
+
+def _encoded(value: Value, piece: Piece, kind: str) -> Iterator[Tensor]:
+    """The bytes of a piece, uint8, a few rows at a time."""
+    heads = piece.rotary_heads
+    for matrix in _matrices(value, piece, kind):
         parts = tuple(_interleave(part, heads) for part in matrix) if heads else matrix
         if len(parts) == 2:
             yield _blocks(parts[0], parts[1], kind)
@@ -235,19 +271,21 @@ def _encoded(value: Value, tensor: _Tensor) -> Iterator[Tensor]:
             try:
                 yield _plain(chunk, kind).flatten().view(torch.uint8)
             except ConfigError as error:
-                raise ConfigError(f"{tensor.piece.name!r}: {error}") from None
+                raise ConfigError(f"{piece.name!r}: {error}") from None
 
 
-def _matrices(value: Value, index: tuple[int | slice | None, ...], kind: str) -> Iterator[tuple[Tensor, ...]]:
+def _matrices(value: Value, piece: Piece, kind: str) -> Iterator[tuple[Tensor, ...]]:
     """Each matrix (or vector) of a piece: (numbers,), or (codes, scales) of a packed one that the type holds."""
     if isinstance(value, Tensor):
-        part = value[index]
+        part = value[piece.index]
+        part = part.transpose(-1, -2).contiguous() if piece.transposed else part
         yield from ((matrix,) for matrix in (part if part.dim() == 3 else part[None]))
         return
-    rows = index[-1] if index else slice(None)
+    rows = piece.index[-1] if piece.index else slice(None)
     for packed in value:
-        own = kind in _FORMATS and _holds(kind, [packed])
-        yield tuple(part[rows] for part in (integers(packed) if own else (unpack(packed),)))
+        own = _same_codes(kind, packed, piece)
+        parts = (part[rows] for part in (integers(packed) if own else (unpack(packed),)))
+        yield tuple(part.T.contiguous() if piece.transposed else part for part in parts)
 
 
 def _plain(rows: Tensor, kind: str) -> Tensor:
@@ -258,6 +296,8 @@ def _plain(rows: Tensor, kind: str) -> Tensor:
         if not half.isfinite().all():
             raise ConfigError("it has weights that F16 does not hold; take f32")
         return half
+    if kind == "BF16":
+        return rows.bfloat16()
     return _blocks(*integers(pack(rows, _FORMATS[kind])), kind)
 
 

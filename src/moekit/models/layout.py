@@ -18,9 +18,6 @@ __all__ = [
     "HF_FUSED",
     "HF_OUTER",
     "HF_PREFIX",
-    "LLAMA_GGUF",
-    "MIXTRAL_GGUF",
-    "QWEN3_MOE_GGUF",
     "Layout",
     "Piece",
     "stored_shape",
@@ -78,7 +75,7 @@ class Layout:
     ignored: tuple[str, ...] = ()
 
     def pieces(self, name: str, config: ModelConfig, *, fused: bool = False) -> Iterator[Piece]:
-        """What our parameter `name` is made of on disk; with `fused`, experts in one tensor.
+        """What our parameter `name` is made of on disk; with `fused`, in one tensor where it may be.
 
         Raises:
             UnsupportedError: this format has no name for it.
@@ -88,7 +85,9 @@ class Layout:
             return
         layer, inner = _split(name)
         prefix = self.prefix.format(i=layer)
-        if inner in self.experts and config.moe is not None and not fused:
+        if fused and inner in self.fused:
+            yield Piece(prefix + self.fused[inner])
+        elif inner in self.experts and config.moe is not None:
             yield from self._experts(prefix, layer, inner, config.moe)
         elif inner in self.joined:
             for piece in self.joined[inner](config):
@@ -96,14 +95,14 @@ class Layout:
         elif inner in self.stacked and config.moe is not None:
             for part, rows in _parts(self.stacked[inner], config.moe.intermediate_size):
                 yield Piece(prefix + part, (slice(None), *rows) if rows else ())
-        elif inner in (names := self.fused if fused else self.inner):
+        elif inner in self.inner:
             heads = getattr(config, self.interleaved[inner]) if inner in self.interleaved else 0
-            yield Piece(prefix + names[inner], rotary_heads=heads)
+            yield Piece(prefix + self.inner[inner], rotary_heads=heads)
         else:
             raise UnsupportedError(f"parameter {name!r} has no place in this file format")
 
     def fused_name(self, name: str) -> str | None:
-        """What a fused expert parameter is called on disk, or None when `name` is not one."""
+        """What the parameter is called on disk where a file holds it fused, or None when there is no such name."""
         layer, inner = _split(name)
         return self.prefix.format(i=layer) + self.fused[inner] if inner in self.fused else None
 
@@ -153,48 +152,3 @@ HF_EXPERTS = {
     "mlp.experts.down_proj": ("mlp.experts.{e}.down_proj.weight",),
 }
 HF_FUSED = {f"mlp.experts.{name}": f"mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")}
-
-_GGUF_OUTER = {
-    "embed.weight": "token_embd.weight",
-    "norm.weight": "output_norm.weight",
-    "head.weight": "output.weight",
-}
-_GGUF_ATTENTION = {
-    "attn_norm.weight": "attn_norm.weight",
-    "mlp_norm.weight": "ffn_norm.weight",
-    **{
-        f"attn.{ours}_proj.{kind}": f"attn_{theirs}.{kind}"
-        for ours, theirs in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "output"))
-        for kind in ("weight", "bias")
-    },
-}
-_GGUF_ROUTER = {"mlp.router.weight": "ffn_gate_inp.weight"}
-_GGUF_STACKED = {
-    "mlp.experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
-    "mlp.experts.down_proj": ("ffn_down_exps.weight",),
-}
-_GGUF_INTERLEAVED = {
-    f"attn.{name}_proj.{kind}": heads
-    for name, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads"))
-    for kind in ("weight", "bias")
-}
-
-LLAMA_GGUF = Layout(
-    outer=_GGUF_OUTER,
-    prefix="blk.{i}.",
-    inner=_GGUF_ATTENTION | {f"mlp.{name}_proj.weight": f"ffn_{name}.weight" for name in ("gate", "up", "down")},
-    interleaved=_GGUF_INTERLEAVED,
-)
-MIXTRAL_GGUF = Layout(
-    outer=_GGUF_OUTER,
-    prefix="blk.{i}.",
-    inner=_GGUF_ATTENTION | _GGUF_ROUTER,
-    stacked=_GGUF_STACKED,
-    interleaved=_GGUF_INTERLEAVED,
-)
-QWEN3_MOE_GGUF = Layout(  # llama.cpp rotates this family half against half, as we do: nothing is interleaved
-    outer=_GGUF_OUTER,
-    prefix="blk.{i}.",
-    inner=_GGUF_ATTENTION | _GGUF_ROUTER | {f"attn.{n}_norm.weight": f"attn_{n}_norm.weight" for n in ("q", "k")},
-    stacked=_GGUF_STACKED,
-)

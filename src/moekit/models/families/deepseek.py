@@ -15,6 +15,7 @@ from moekit.config import (
     ModelConfig,
     MoEConfig,
     RopeConfig,
+    RopeScaling,
     SigmoidOptions,
     TopKOptions,
     YarnRope,
@@ -25,7 +26,15 @@ from moekit.models.families.row import Arch
 from moekit.models.keys import Keys, unsupported
 from moekit.models.layout import HF_ATTENTION, HF_DENSE, HF_EXPERTS, HF_FUSED, HF_OUTER, HF_PREFIX, Layout
 
-__all__ = ["DEEPSEEK_INNER", "first_dense", "read_groups", "sigmoid_experts", "write_experts", "write_groups"]
+__all__ = [
+    "DEEPSEEK_INNER",
+    "first_dense",
+    "latent_scale",
+    "read_groups",
+    "sigmoid_experts",
+    "write_experts",
+    "write_groups",
+]
 
 _SHARED = {
     f"mlp.shared.{name}_proj.weight": f"mlp.shared_experts.{name}_proj.weight" for name in ("gate", "up", "down")
@@ -155,20 +164,26 @@ def _latent(keys: Keys, interleaved: bool) -> dict[str, Any]:
         q_lora_rank=rank,
     )
     found = read_rope(keys, mla.rope_head_dim)
-    scaling, scale = found["rope"].scaling, mla.query_head_dim**-0.5
-    if isinstance(scaling, YarnRope) and scaling.mscale_all_dim and scaling.factor > 1:
-        scale *= (0.1 * scaling.mscale_all_dim * math.log(scaling.factor) + 1) ** 2
+    scaling = found["rope"].scaling
+    weight = (scaling.mscale_all_dim or 0.0) if isinstance(scaling, YarnRope) else 0.0
     return {
         "head_dim": mla.rope_head_dim,
         "num_key_value_heads": keys.whole("num_attention_heads"),
         "mla": mla,
         "rope_theta": found["rope_theta"],
         "rope": RopeConfig(scaling=scaling, interleaved=interleaved),
-        "attention": AttentionConfig(scale=scale),
+        "attention": AttentionConfig(scale=latent_scale(mla, scaling, weight)),
         "attention_bias": keys.flag("attention_bias"),
         "intermediate_size": keys.whole("intermediate_size"),
         "dense_layers": first_dense(keys),
     }
+
+
+def latent_scale(mla: MLAConfig, scaling: RopeScaling | None, weight: float) -> float:
+    """What scores are multiplied by: 1/√d, with YaRN times (0.1 · weight · ln(factor) + 1)²."""
+    factor = max(scaling.factor, 1.0) if isinstance(scaling, YarnRope) else 1.0
+    longer = 0.1 * weight * math.log(factor) + 1
+    return mla.query_head_dim**-0.5 * longer**2
 
 
 def _write_latent(config: ModelConfig) -> dict[str, Any]:
