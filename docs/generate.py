@@ -42,7 +42,7 @@ earlier tokens alone; a model that predicts the next token refuses the others. *
 experts busy without a loss. FLOPs of the gate are for one token and layer of width D with E experts; the experts' own
 are those of the experts a token pays for. docs/math.md has the formulas, docs/study.md a comparison.
 
-Any router takes a capacity (docs/math.md), but expert_choice, which fills every expert exactly.
+Any router takes a capacity (docs/math.md), but expert_choice, which fills every expert exactly, and sparsemixer.
 """
 
 

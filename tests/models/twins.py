@@ -210,6 +210,25 @@ FAMILIES = {
             "rope_parameters": {**YARN, "truncate": False},
         },
     ),
+    "phimoe": (
+        "Phimoe",
+        {
+            "num_local_experts": 6,
+            "router_jitter_noise": 0.4,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 500.0,
+                "short_factor": [1.0, 1.3, 1.6, 2.0],
+                "long_factor": [1.5, 2.0, 3.0, 5.0],
+                "short_mscale": 1.1,
+                "long_mscale": 1.3,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "phimoe plain rotation, no biases": ("Phimoe", {"num_local_experts": 6, "tie_word_embeddings": True}),
     "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "clip_qkv": 0.5, "pad_token_id": None}),
 }
 

@@ -46,6 +46,7 @@ ROUTER_ROWS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "expert_choice": {"": {}, "noise": {"router_options": {"noise_std": 0.2}}, "dense": {"top_k": 6}},
     "switch": {"": {"top_k": 1}, "two": {"router_options": {"jitter": 0.1, "noise_std": 0.1}}},
+    "sparsemixer": {"": {"router_options": {"eps": 0.3}}},
     "hash": {"": {}, "one": {"top_k": 1, "router_options": {"seed": 7}}},
     "sinkhorn": {"": {}, "switch": ALL | {"top_k": 1}},
     "hierarchical": {
@@ -88,7 +89,8 @@ CAPACITIES: dict[str, CapacityConfig | None] = {
     "all fit, padded": CapacityConfig(factor=100.0, pad=True),
 }
 
-ROUTED = [(r, c) for r in ROUTER_CASES for c in CAPACITIES if c == "dropless" or not r.startswith("expert_choice")]
+NO_CAPACITY = ("expert_choice", "sparsemixer")
+ROUTED = [(r, c) for r in ROUTER_CASES for c in CAPACITIES if c == "dropless" or not r.startswith(NO_CAPACITY)]
 FULL = [(r, e, c) for r, c in ROUTED for e in EXPERT_CASES]
 
 

@@ -42,6 +42,9 @@ class Draws:
     def uniform(self, *shape: int) -> Tensor:
         return torch.rand(*shape, generator=self.generator)
 
+    def gumbel(self, *shape: int) -> Tensor:
+        return -torch.log(-torch.log(self.uniform(*shape)))
+
 
 def plain_routing(
     router: Router, x_TD: Tensor, *, seed: int | None = None, mask: list[bool] | None = None, ids: list[int] = ()
@@ -52,7 +55,10 @@ def plain_routing(
     real = [True] * len(x_TD) if mask is None else mask
     gate = GATES.get(config.router, linear_gate)(router, x_TD, draws)
     values = [row.tolist() for row in gate]
-    options = CHOICES[config.router](router, values, real, ids)
+    if config.router == "sparsemixer":
+        options, whole = sparsemixer_experts(router, values, seed)
+    else:
+        options = CHOICES[config.router](router, values, real, ids)
     sent = [[True] * len(experts) for experts in options]
     if config.router == "gshard" and seed is not None:
         sent = gshard_sent(values, options, seed)
@@ -70,6 +76,9 @@ def plain_routing(
     served = []
     for gate_E, experts, keep in zip(gate, options, kept, strict=True):
         weights = WEIGHTS.get(config.router, gated)(router, gate_E, experts)
+        if config.router == "sparsemixer":  # a third of the value, the whole gradient
+            scaled = zip(weights, whole[len(served)], strict=True)
+            weights = [w if all_of_it else w - w.detach() * 0.6667 for w, all_of_it in scaled]
         pairs = zip(experts, weights, keep, strict=True)
         served.append({e: w * config.routed_scaling_factor for e, w, k in pairs if k})
     return PlainRouting(chosen, served, list(gate))
@@ -182,8 +191,7 @@ def gumbel_gate(router: Router, x_TD: Tensor, draws: Draws | None) -> Tensor:
     """(l + g) / τ with g = −log(−log u) (1611.01144 eq 1–2)."""
     logits_TE, o = product(router, x_TD, draws), router.options
     if draws is not None:
-        u_TE = draws.uniform(*logits_TE.shape)
-        logits_TE = logits_TE - torch.log(-torch.log(u_TE))
+        logits_TE = logits_TE + draws.gumbel(*logits_TE.shape)
     return logits_TE / (o.start * (o.end / o.start) ** min(1, router.steps.item() / o.anneal_steps))
 
 
@@ -349,6 +357,29 @@ def gshard_sent(gates, options, seed):
     return [[True, 2 * share > u] for share, u in zip(shares, u_T, strict=True)]
 
 
+def near(router, gate, taken):
+    """The experts left that are not far below the best of them (2409.12136, and transformers' sparsemixer)."""
+    left = [e for e in range(len(gate)) if e not in taken]
+    most = max(gate[e] for e in left)
+    return [e for e in left if (most - gate[e]) / max(abs(gate[e]), most) <= 2 * router.options.eps]
+
+
+def sparsemixer_experts(router, gates, seed):
+    """Each token's two experts, and whether each weighs its whole share."""
+    shape = (len(gates), router.config.num_experts)
+    draws = None if seed is None else Draws(seed)
+    chosen, whole = [[] for _ in gates], [[] for _ in gates]
+    for _ in range(2):
+        g_TE = [[0.0] * shape[1]] * shape[0] if draws is None else draws.gumbel(*shape).tolist()
+        u_T = [0.0] * shape[0] if draws is None else draws.uniform(shape[0]).tolist()
+        for t, gate in enumerate(gates):
+            best_one = min((e for e in range(shape[1]) if e not in chosen[t]), key=lambda e: (-gate[e], e))
+            taken = min(near(router, gate, chosen[t]), key=lambda e: (-(gate[e] + g_TE[t][e]), e))
+            chosen[t].append(taken)
+            whole[t].append(taken == best_one or u_T[t] > 0.75)
+    return chosen, whole
+
+
 # Weights
 
 
@@ -377,6 +408,13 @@ def probabilities(router: Router, gate_E: Tensor, experts: list[int]) -> list[Te
     return [gate_E[e].exp() / gate_E.exp().sum() for e in experts]
 
 
+def sparsemixer_weights(router: Router, gate_E: Tensor, experts: list[int]) -> list[Tensor]:
+    first, second = experts
+    gate = gate_E.tolist()
+    totals = [sum(gate_E[e].exp() for e in near(router, gate, taken)) for taken in ([], [first])]
+    return [gate_E[e].exp() / total for e, total in zip((first, second), totals, strict=True)]
+
+
 def equal_weights(router: Router, gate_E: Tensor, experts: list[int]) -> list[Tensor]:
     return [torch.tensor(1 / len(experts), dtype=gate_E.dtype) for _ in experts]
 
@@ -387,6 +425,7 @@ WEIGHTS = {
     "gumbel": gumbel_weights,
     "expert_choice": probabilities,
     "hash": equal_weights,
+    "sparsemixer": sparsemixer_weights,
 }
 
 

@@ -333,6 +333,14 @@ def test_capacity_ranks_by_probability_and_not_by_logits():
     assert weights(layer.router(x)).keys() == {(1, 0)}
 
 
+def test_sparsemixer_takes_no_capacity():
+    sizes = {"hidden_size": 4, "intermediate_size": 3, "num_experts": 4, "top_k": 2}
+    with pytest.raises(ConfigError, match="sparsemixer weighs a second expert without the first: no capacity"):
+        MoEConfig(**sizes, router="sparsemixer", capacity=CapacityConfig(factor=1.0))
+    with pytest.raises(ConfigError, match="router sparsemixer takes top_k 2, not 1"):
+        MoEConfig(**sizes | {"top_k": 1}, router="sparsemixer")
+
+
 def test_expert_choice_takes_no_capacity():
     with pytest.raises(ConfigError, match="expert_choice fills every expert exactly"):
         MoEConfig(

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import CAPACITIES, ROUTER_CASES, make, params, token_ids
+from cases import CAPACITIES, NO_CAPACITY, ROUTER_CASES, make, params, token_ids
 from cases import ROUTED as ALL_ROUTED
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -253,8 +253,8 @@ def test_given_ids_have_live_weights_and_a_router_gradient():
 @pytest.mark.parametrize("router", ROUTER_CASES)
 @pytest.mark.parametrize("capacity", ["dropless", "next", "tokens, padded", "renormalise"])
 def test_a_saved_trace_routes_as_the_first_time(router, capacity, tmp_path):
-    if capacity != "dropless" and router.startswith("expert_choice"):
-        pytest.skip("expert_choice takes no capacity")
+    if capacity != "dropless" and router.startswith(NO_CAPACITY):
+        pytest.skip("these routers take no capacity")
     layer = make(router, capacity).train()
     x, ids, record = torch.randn(10, 5, dtype=torch.float64), token_ids(10), RoutingRecord()
     with record.recording():

@@ -106,6 +106,8 @@ class UpcycleConfig:
         """What a token's combine weights add up to: 1 where they are normalised, else the sum under equal logits."""
         if self._normalised:
             return 1.0
+        if self.router == "sparsemixer":
+            return 1 / self.num_experts + 1 / (self.num_experts - 1)  # the second among those that are left
         return self.top_k * (0.5 if self._unit.options.sigmoid else 1 / self.num_experts)
 
     @property
@@ -123,6 +125,8 @@ class UpcycleConfig:
     def _choice_changes(self) -> str | None:
         if self.slices == 1:
             return None
+        if self.router == "sparsemixer":
+            return "router sparsemixer weighs an MLP's slices differently"
         if self.router not in _TAKES_HIGHEST:
             return f"router {self.router} may give a token a part of an MLP's slices"
         groups = getattr(self._unit.options, "groups", None)
@@ -149,7 +153,7 @@ class UpcycleConfig:
     def _normalised(self) -> bool:
         options = self._unit.options
         if not options.gated:
-            return self.router not in ("expert_choice", "switch")
+            return self.router not in ("expert_choice", "switch", "sparsemixer")
         return self.norm_topk_prob or (self.gate_order == "topk_softmax" and not options.sigmoid)
 
     @property

@@ -158,6 +158,7 @@ class MoEConfig:
         check(0 <= self.input_jitter < 1, f"input_jitter must lie in [0, 1), not {self.input_jitter}")
         if self.capacity is not None:
             check(self.router != "expert_choice", "expert_choice fills every expert exactly: it takes no capacity")
+            check(self.router != "sparsemixer", "sparsemixer weighs a second expert without the first: no capacity")
         self._check_experts()
 
     def _check_gate(self) -> None:

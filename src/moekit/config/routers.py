@@ -21,6 +21,7 @@ __all__ = [
     "RouterOptions",
     "SigmoidOptions",
     "SinkhornOptions",
+    "SparseMixerOptions",
     "SwitchOptions",
     "TopKOptions",
     "TopPOptions",
@@ -152,6 +153,23 @@ class SwitchOptions(GateOptions):
     gated: ClassVar[bool] = False
     gate_bias: bool = False
     """Add a learned bias to the logits."""
+
+
+@ROUTER_OPTIONS.register("sparsemixer")
+@dataclass(frozen=True, kw_only=True)
+class SparseMixerOptions(RouterOptions):
+    """Two experts one after the other, each by a softmax over the near best; sampled while training (Phi-3.5-MoE)."""
+
+    source: ClassVar[str] = "2409.12136; transformers 5.23, modeling_phimoe.py"
+    gated: ClassVar[bool] = False
+    eps: float = 0.01
+    """An expert is left out when (best − s) / max(|s|, best) is above 2·eps for its score s, also in eval."""
+
+    def __post_init__(self) -> None:
+        check(self.eps > 0, f"eps must be above 0, not {self.eps}")
+
+    def check(self, num_experts: int, top_k: int) -> None:
+        check(top_k == 2, f"router sparsemixer takes top_k 2, not {top_k}")
 
 
 @ROUTER_OPTIONS.register("noisy_topk")

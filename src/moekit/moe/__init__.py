@@ -19,7 +19,7 @@ from moekit.moe.router import ROUTERS, Router, SigmoidRouter, TopKRouter
 from moekit.moe.router_adaptive import HierarchicalRouter, TopPRouter
 from moekit.moe.router_balanced import ExpertChoiceRouter, HashRouter, SinkhornRouter
 from moekit.moe.router_noisy import GShardRouter, GumbelRouter, NoisyTopKRouter
-from moekit.moe.router_published import SwitchRouter
+from moekit.moe.router_published import SparseMixerRouter, SwitchRouter
 from moekit.moe.types import Choice, Plan, Routing, RoutingTotals
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "SharedExperts",
     "SigmoidRouter",
     "SinkhornRouter",
+    "SparseMixerRouter",
     "SwitchRouter",
     "TopKRouter",
     "TopPRouter",

@@ -68,6 +68,10 @@ class Noise:
         """U(0, 1), float32."""
         return torch.rand(*shape, generator=self._generator, device=self._device, dtype=torch.float32)
 
+    def gumbel(self, *shape: int) -> Tensor:
+        """−log(−log U(0, 1)), float32: added to logits, it makes their largest a draw from their softmax."""
+        return -(-self.uniform(*shape).clamp(min=torch.finfo(torch.float32).tiny).log()).log()
+
 
 class Router(nn.Module):
     """What every router does; a kind overrides `_score`, `_choose`, `_weigh` or `after_step`.

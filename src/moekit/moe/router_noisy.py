@@ -131,8 +131,7 @@ class GumbelRouter(Router):
         logits_TE = self._product(x_TD, noise)
         gate_TE = logits_TE
         if noise is not None:
-            uniform_TE = noise.uniform(*logits_TE.shape).clamp(min=torch.finfo(torch.float32).tiny)
-            gate_TE = logits_TE - (-uniform_TE.log()).log()
+            gate_TE = logits_TE + noise.gumbel(*logits_TE.shape)
         return Scores(logits_TE, gate_TE / self.temperature)
 
     def _weigh(self, gate_TE: Tensor, choice: Choice) -> Tensor:

@@ -18,6 +18,7 @@ from moekit.models.families import (  # noqa: F401  (each registers its rows)
     minimax,
     mixtral,
     olmo,
+    phi,
     qwen,
 )
 from moekit.models.families.row import ARCHS, Arch

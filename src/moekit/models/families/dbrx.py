@@ -43,6 +43,7 @@ def _read(keys: Keys) -> dict[str, Any]:
         top_k=experts.whole("moe_top_k"),
         gate_order="softmax_topk",
         norm_topk_prob=power is not None,
+        input_jitter=experts.real("moe_jitter_eps") if experts.has("moe_jitter_eps") else 0.0,
         activation=activation,
     )
     # Published files have the base in attn_config (500,000), which transformers 5.23 overlooks.
@@ -68,6 +69,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "moe_num_experts": moe.num_experts,
         "moe_top_k": moe.top_k,
         "moe_normalize_expert_weights": 1.0 if moe.norm_topk_prob else None,
+        "moe_jitter_eps": moe.input_jitter or None,
         "moe_loss_weight": config.router_aux_loss_coef,
     }
     return {"attn_config": attention | {"rope_theta": config.rope_theta}, "ffn_config": experts}
