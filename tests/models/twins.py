@@ -238,15 +238,15 @@ def twin(name, families=FAMILIES):
     family, options = families[name]
     if not isinstance(family, str):
         return randomised(family(**SHAPE, **options))
-    config = configuration(name)
+    config = configuration(name, families)
     config._attn_implementation = "eager"
     model = getattr(transformers, f"{family}{'LMHeadModel' if family == 'GPT2' else 'ForCausalLM'}")(config).eval()
     return randomised(model)
 
 
-def configuration(name):
+def configuration(name, families=FAMILIES):
     """Its configuration, for a family that transformers has."""
-    family, options = FAMILIES[name]
+    family, options = families[name]
     kept = {key: value for key, value in {**SHAPE, **options}.items() if value is not None or key == "q_lora_rank"}
     return getattr(transformers, f"{family}Config")(**kept)
 
