@@ -6,6 +6,7 @@ temporary file. It knows nothing of what is written; every `OSError` becomes a `
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -27,6 +28,8 @@ __all__ = [
     "parse_json",
     "put_folder",
     "read_json",
+    "recall",
+    "remember",
     "replacing",
     "replacing_folder",
     "stays_inside",
@@ -139,6 +142,29 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
     """
     with replacing(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def recall(name: str) -> dict[str, Any]:
+    """What `remember` kept under `name`; empty if there is nothing, or nothing readable: it is made anew then."""
+    try:
+        return read_json(_user_cache() / name)
+    except FileError:
+        return {}
+
+
+def remember(name: str, values: dict[str, Any]) -> None:
+    """Keep `values` between runs, in the user's cache folder ($XDG_CACHE_HOME or ~/.cache, moekit/`name`).
+
+    Where that folder cannot be written nothing is kept: it only saves work.
+    """
+    with contextlib.suppress(FileError):
+        write_atomic(_user_cache() / name, json.dumps(values) + "\n")
+
+
+def _user_cache() -> Path:
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification of the XDG folders has relative paths ignored.
+    return Path(given if os.path.isabs(given) else os.path.expanduser("~/.cache"), "moekit")
 
 
 @contextmanager

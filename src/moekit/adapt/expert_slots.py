@@ -28,7 +28,7 @@ class Slots:
     """
 
     def __init__(self, count: int, stride: int) -> None:
-        self.stride = stride
+        self.count, self.stride = count, stride
         # mmap's default is shared memory, which gets no huge pages and which forked processes would write to together.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         try:
