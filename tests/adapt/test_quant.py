@@ -92,12 +92,12 @@ def test_experts_of_mixed_formats_in_both_calls():
     del holder
 
 
-@pytest.mark.parametrize("kind", ["mlp", "swiglu"])
+@pytest.mark.parametrize("kind", ["mlp", "swiglu", "clamped_swiglu"])
 def test_plain_and_gated_experts_with_biases_and_no_rows(kind):
     config = MoEConfig(hidden_size=32, intermediate_size=24, num_experts=3, top_k=2, expert=kind, bias=True)
     layer = MoE(config)
     for name in ("down_bias", "up_bias" if kind == "mlp" else "gate_up_bias"):
-        nn.init.normal_(getattr(layer.experts, name))
+        nn.init.normal_(getattr(layer.experts, name), std=5.0)  # beyond the limits of clamped_swiglu too
     exact = copy.deepcopy(layer.experts)
     quantise(layer, "int8-g32")
     rows, counts = torch.randn(7, 32), torch.tensor([4, 0, 2])  # nobody for the second, a row past the last

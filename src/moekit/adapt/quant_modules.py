@@ -20,8 +20,8 @@ from moekit.errors import ConfigError
 from moekit.kernels.formats import Format, Packed, pack, relative_error, unpack
 from moekit.kernels.quant import Matrices, quant_grouped_mm, quant_linear, quant_moe
 from moekit.kernels.rounding import STRIP
-from moekit.moe import Experts, GroupedMLP, GroupedSwiGLU, Routing
-from moekit.moe.experts import plus_bias
+from moekit.moe import ClampedSwiGLU, Experts, GroupedMLP, GroupedSwiGLU, Routing
+from moekit.moe.experts import clamped_swiglu, plus_bias
 
 __all__ = ["PAGE", "QuantEmbedding", "QuantExperts", "QuantLinear", "QuantMatrix", "empty_twin", "is_experts"]
 
@@ -157,7 +157,7 @@ class QuantEmbedding(QuantMatrix):
 
 
 class QuantExperts(_Quantised, Experts):
-    """E packed MLPs, each in a format of its own: `GroupedMLP` and `GroupedSwiGLU` for inference.
+    """E packed MLPs, each in a format of its own: `GroupedMLP`, `GroupedSwiGLU` and `ClampedSwiGLU` for inference.
 
     The buffer `expert_<e>` holds the matrix that reads the hidden state (gate rows before up rows, as two parts),
     then the one that writes it: an expert is one extent, in memory as on disk.
@@ -168,6 +168,7 @@ class QuantExperts(_Quantised, Experts):
         activation: between the matrices.
         gated: whether they are three, with gate and up fused.
         bias: whether both have biases: in_bias (E, G) and down_bias (E, D), not packed.
+        clamped: whether what lies between the matrices is `clamped_swiglu`.
     """
 
     def __init__(
@@ -180,11 +181,12 @@ class QuantExperts(_Quantised, Experts):
         activation: str,
         gated: bool,
         bias: bool = False,
+        clamped: bool = False,
     ) -> None:
         super().__init__()
         if len(formats) != experts:
             raise ConfigError(f"{experts} experts need {experts} formats, not {len(formats)}")
-        self.formats, self.activation, self.gated = tuple(formats), activation, gated
+        self.formats, self.activation, self.gated, self.clamped = tuple(formats), activation, gated, clamped
         self.hidden, self.inner, self.parts = hidden, inner, 2 if gated else 1
         for expert, format in enumerate(formats):
             self.register_buffer(f"expert_{expert}", _pages(sum(self._sizes(format))))
@@ -209,8 +211,8 @@ class QuantExperts(_Quantised, Experts):
         return plus_bias(out_RD, self.down_bias, counts_E)
 
     def decode(self, x_TD: Tensor, routing: Routing) -> Tensor | None:
-        """See `Experts.decode`: one op for any number of tokens; None with biases, a varying K, or a gradient."""
-        if routing.top_k is None or self.in_bias is not None or torch.is_grad_enabled():
+        """See `Experts.decode`: one op for any number of tokens; None with biases, limits, varying K or a gradient."""
+        if routing.top_k is None or self.in_bias is not None or self.clamped or torch.is_grad_enabled():
             return None
         y_TD: Tensor = quant_moe(
             x_TD,
@@ -255,6 +257,8 @@ class QuantExperts(_Quantised, Experts):
         return f"{shown}, hidden_size={self.hidden}, intermediate_size={self.inner}, activation={self.activation}"
 
     def _act(self, hidden_RG: Tensor) -> Tensor:
+        if self.clamped:
+            return clamped_swiglu(hidden_RG)
         if not self.gated:
             return kernels.activate(hidden_RG, self.activation)
         gate_RF, up_RF = hidden_RG.chunk(2, dim=-1)
@@ -287,15 +291,23 @@ class QuantExperts(_Quantised, Experts):
 
 def is_experts(module: nn.Module) -> bool:
     """Whether `QuantExperts` can stand in for it."""
-    return type(module) in (GroupedMLP, GroupedSwiGLU)
+    return type(module) in (GroupedMLP, GroupedSwiGLU, ClampedSwiGLU)
 
 
 def empty_twin(module: nn.Module, formats: Sequence[Format]) -> QuantMatrix | QuantExperts:
     """The packed module of a linear, an embedding or experts, zeroed; formats are one, or one an expert."""
     if isinstance(module, GroupedMLP):
         experts, hidden, inner = module.down_proj.shape
-        gated, bias = isinstance(module, GroupedSwiGLU), module.down_bias is not None
-        return QuantExperts(experts, hidden, inner, formats, activation=module.activation, gated=gated, bias=bias)
+        return QuantExperts(
+            experts,
+            hidden,
+            inner,
+            formats,
+            activation=module.activation,
+            gated=isinstance(module, GroupedSwiGLU),
+            bias=module.down_bias is not None,
+            clamped=isinstance(module, ClampedSwiGLU),
+        )
     (format,) = formats
     if isinstance(module, nn.Embedding):
         return QuantEmbedding(module.num_embeddings, module.embedding_dim, format)

@@ -273,6 +273,8 @@ def _mlp_step(block: Any, dtype: torch.dtype) -> MLPStep:
 
 
 def _experts(experts: Any, dtype: torch.dtype) -> ExpertWeights:
+    if getattr(experts, "clamped", False):
+        raise _NoStepError("the experts have limits")
     biases = [each if each is None else _plain(each, dtype) for each in (experts.in_bias, experts.down_bias)]
     if isinstance(getattr(experts, "gate_up", None), Matrices):  # the packed kind
         first, second = ([_packed(each, dtype) for each in m.weights] for m in (experts.gate_up, experts.down))

@@ -185,9 +185,7 @@ class ClampedSwiGLU(GroupedSwiGLU):
         return False
 
     def _act(self, hidden_RG: Tensor) -> Tensor:
-        gate_RF, up_RF = hidden_RG.chunk(2, dim=-1)
-        gate_RF, up_RF = gate_RF.clamp(max=SWIGLU_LIMIT), up_RF.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
-        return gate_RF * torch.sigmoid(SWIGLU_ALPHA * gate_RF) * (up_RF + 1)
+        return clamped_swiglu(hidden_RG)
 
 
 class FreeExperts(Experts):
@@ -264,6 +262,13 @@ class SharedExperts(nn.Module):
             hidden_TF = kernels.activate(self.gate_proj(x_TD), self.activation) * self.up_proj(x_TD)
         y_TD: Tensor = self.down_proj(hidden_TF)
         return y_TD if self.gate is None else y_TD * self.gate(x_TD).sigmoid()
+
+
+def clamped_swiglu(hidden_RG: Tensor) -> Tensor:
+    """(R, 2F), gate then up, to (R, F): what `ClampedSwiGLU` does between its matrices."""
+    gate_RF, up_RF = hidden_RG.chunk(2, dim=-1)
+    gate_RF, up_RF = gate_RF.clamp(max=SWIGLU_LIMIT), up_RF.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+    return gate_RF * torch.sigmoid(SWIGLU_ALPHA * gate_RF) * (up_RF + 1)
 
 
 def plus_bias(rows_RO: Tensor, bias_EO: Tensor | None, counts_E: Tensor) -> Tensor:
