@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import time
 
 import pytest
 
 import moekit
 from moekit import cli
 from moekit.adapt import packed_formats
+from moekit.adapt.quant_stream import QuantisedWeights
 
 
 @pytest.fixture
@@ -94,6 +99,34 @@ def test_interrupted(folders, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("moekit.models.safetensors_file._bytes", stop)
     assert cli.main(["pack", str(folders / "dense"), str(tmp_path / "out")]) == 130
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("end", ["SIGTERM", "SIGINT"])
+def test_stopped_and_gone_on_with(folders, tmp_path, capsys, monkeypatch, end):
+    """By a signal in the middle: one line that says where the work is; the same command ends it."""
+    make, made = QuantisedWeights.make, []
+
+    def stopping(self, name):
+        made.append(name)
+        if len(made) == 12:
+            os.kill(os.getpid(), getattr(signal, end))
+            time.sleep(0.2)  # the main thread has the signal by now
+        return make(self, name)
+
+    args = ["pack", str(folders / "moe"), str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(QuantisedWeights, "make", stopping)
+        assert cli.main(args) == 130
+    error = capsys.readouterr().err
+    assert re.fullmatch(
+        r"moekit: interrupted: \d+% is done and kept in .*/\.out\.packing: the same command .*\n", error
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [".out.packing"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert cli.main(args) == 0
+    assert re.match(r"going on with what .*/\.out\.packing holds: \d+% is done\n", capsys.readouterr().out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert moekit.load(tmp_path / "out").generate("ab", max_new_tokens=2)
 
 
 def test_random_weights_from_a_configuration_alone(folders, tmp_path, capsys):

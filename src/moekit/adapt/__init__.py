@@ -2,7 +2,9 @@
 
 from moekit.adapt.packed_file import packed_formats
 from moekit.adapt.packed_folder import load_packed, save_packed
-from moekit.adapt.quant import QuantReport, hottest, load_quantised, quantise
+from moekit.adapt.quant import hottest, quantise
+from moekit.adapt.quant_report import QuantReport
+from moekit.adapt.quant_stream import load_quantised
 from moekit.adapt.surgery import routings, to_moe
 from moekit.adapt.upcycle import upcycle, upcycled_config
 

@@ -8,34 +8,31 @@ and router are float32, its cache float16 (`Decoder.cache_dtype`), as in llama.c
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moekit.adapt.quant_modules import QuantEmbedding, QuantExperts, QuantLinear, QuantMatrix, empty_twin, is_experts
+from moekit.adapt.quant_report import KeptTensor, PackedTensor, QuantReport
 from moekit.errors import ConfigError, UnsupportedError
 from moekit.kernels.formats import Format
 from moekit.models.decoder import Decoder
-from moekit.models.weights import StoredDecoder, put
 from moekit.moe import GroupedMLP, Linear, Router
 
 __all__ = [
-    "KeptTensor",
-    "PackedTensor",
+    "PerExpert",
     "QuantEmbedding",
     "QuantExperts",
     "QuantLinear",
-    "QuantReport",
+    "QuantPlan",
     "Recipe",
     "hottest",
     "is_quantised",
-    "load_quantised",
-    "packed_shape",
+    "named",
     "quantise",
     "replace_modules",
 ]
@@ -81,79 +78,6 @@ class Recipe:
         return cls(_format(format), _format(head), experts, tuple(skip))
 
 
-@dataclass(frozen=True)
-class PackedTensor:
-    """A matrix, or a stack of them, that was packed: sizes in bytes, and the largest ‖W − Ŵ‖ / ‖W‖ of its matrices."""
-
-    name: str
-    format: str
-    shape: tuple[int, ...]
-    bytes_before: int
-    bytes_after: int
-    error: float
-
-
-@dataclass(frozen=True)
-class KeptTensor:
-    """A parameter that was not packed, and why."""
-
-    name: str
-    shape: tuple[int, ...]
-    bytes_before: int
-    bytes_after: int
-    why: str
-
-
-@dataclass(frozen=True)
-class QuantReport:
-    """What `quantise` did: every parameter is in one of the two lists."""
-
-    packed: tuple[PackedTensor, ...]
-    kept: tuple[KeptTensor, ...]
-
-    @property
-    def tensors(self) -> tuple[PackedTensor | KeptTensor, ...]:
-        """Both lists."""
-        return (*self.packed, *self.kept)
-
-    @property
-    def bytes_before(self) -> int:
-        return sum(each.bytes_before for each in self.tensors)
-
-    @property
-    def bytes_after(self) -> int:
-        return sum(each.bytes_after for each in self.tensors)
-
-    @property
-    def expert_bytes(self) -> tuple[int, int]:
-        """Bytes of routed experts that were packed, and of all there are."""
-        experts = [each for each in self.packed if len(each.shape) == 3]
-        covered = sum(each.bytes_before for each in experts)
-        return covered, covered + sum(each.bytes_before for each in self.kept if len(each.shape) == 3)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Of the whole model."""
-        weights = sum(math.prod(each.shape) for each in self.tensors)
-        return 8 * self.bytes_after / max(weights, 1)
-
-    def worst(self, count: int = 5) -> list[PackedTensor]:
-        """Those with the largest relative errors, largest first."""
-        return sorted(self.packed, key=lambda each: -each.error)[:count]
-
-    def to_dict(self) -> dict[str, Any]:
-        covered, all_experts = self.expert_bytes
-        return {
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-            "bits_per_weight": self.bits_per_weight,
-            "expert_bytes": all_experts,
-            "expert_bytes_packed": covered,
-            "packed": [asdict(each) for each in self.packed],
-            "kept": [asdict(each) for each in self.kept],
-        }
-
-
 def quantise(
     module: nn.Module,
     format: str | Format,
@@ -182,47 +106,20 @@ def quantise(
     >>> [each.name for each in report.packed], report.worst(1)[0].error < 0.15
     (['0.weight', '2.weight'], True)
     """
-    job = _Job(module, Recipe.of(format, head, per_expert, skip), progress)
-    for name, part in module.named_modules():
+    plan, tensors, seen = QuantPlan(module, Recipe.of(format, head, per_expert, skip)), [], set()
+    for owner, part in module.named_modules():
         for leaf, parameter in part.named_parameters(recurse=False):
-            job.take(f"{name}.{leaf}" if name else leaf, parameter)
-    job.install()
+            name = f"{owner}.{leaf}" if owner else leaf
+            error = plan.fill(name, parameter)
+            tied = id(parameter) in seen  # then it is there once
+            tensors.append(plan.row(name, parameter.shape, parameter.nbytes, error, tied=tied))
+            seen.add(id(parameter))
+            if progress is not None and isinstance(tensors[-1], PackedTensor):
+                progress(sum(isinstance(each, PackedTensor) for each in tensors), plan.matrices)
+    plan.install()
     if isinstance(module, Decoder):
         module.float()
-    return job.report()
-
-
-def load_quantised(
-    path: str | os.PathLike[str],
-    format: str | Format,
-    *,
-    head: str | Format = "int8",
-    per_expert: PerExpert | None = None,
-    progress: Progress | None = None,
-) -> tuple[Decoder, QuantReport]:
-    """`quantise` while loading, tensor by tensor: the peak is the packed model and one tensor (of a layer's experts
-    all gate and up matrices together).
-
-    Args:
-        path: an unquantised model, as `load_decoder` takes it.
-        format, head, per_expert, progress: as `quantise` takes them.
-    Raises:
-        What `load_decoder` and `quantise` raise.
-    """
-    recipe, stored = Recipe.of(format, head, per_expert), StoredDecoder(path)
-    decoder = stored.empty
-    job = _Job(decoder, recipe, progress)
-    job.install()
-    for name in stored.names:
-        value = stored.read(name)
-        if not job.take(name, value):
-            put(decoder, name, value.float())
-    return decoder.eval(), job.report()
-
-
-def packed_shape(decoder: Decoder, recipe: Recipe) -> None:
-    """Make a decoder without memory what `quantise` would make of it, without memory too."""
-    _Job(decoder, recipe, None, "meta").install()
+    return QuantReport.of(tensors)
 
 
 def hottest(
@@ -253,6 +150,15 @@ def is_quantised(module: nn.Module) -> bool:
     return any(isinstance(part, QuantMatrix | QuantExperts) for part in module.modules())
 
 
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Put the parameter's name before what `pack` says of its numbers."""
+    try:
+        yield
+    except ConfigError as problem:
+        raise ConfigError(f"{name} cannot be quantised: {problem}") from None
+
+
 def replace_modules(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Put each new module wherever the old one stands; one that is used in two places stays one."""
     for parent in list(root.modules()):
@@ -261,19 +167,27 @@ def replace_modules(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None
                 setattr(parent, name, new[child])
 
 
-class _Job:
-    """The packed twins of a module's parts, and what has been put into them so far."""
+class QuantPlan:
+    """What each part of a module becomes: its packed twin, zeroed, or a reason for none.
 
-    def __init__(self, root: nn.Module, recipe: Recipe, progress: Progress | None, device: str = "cpu") -> None:
-        self.root, self.recipe, self.progress, self.device = root, recipe, progress, device
-        self.packed: list[PackedTensor] = []
-        self.kept: list[KeptTensor] = []
+    Args:
+        root: the module.
+        recipe: which format each matrix gets.
+        device: of the twins; on "meta" they have no memory.
+    Raises:
+        ConfigError, UnsupportedError: as `quantise` has it.
+
+    Attributes:
+        matrices: that are packed; of experts two stacks.
+    """
+
+    def __init__(self, root: nn.Module, recipe: Recipe, device: str = "cpu") -> None:
+        self.root, self.recipe, self.device = root, recipe, device
         self.reasons: dict[str, str] = {}
         self.twins: dict[str, QuantMatrix | QuantExperts] = {}
         self.old = dict(root.named_modules())
         if is_quantised(root):
             raise UnsupportedError(f"this {type(root).__name__} is quantised already: start from the unquantised one")
-        self._seen: set[int] = set()
         unused = dict(recipe.per_expert)
         for name, part in self.old.items():
             self._plan(name, part, unused)
@@ -281,39 +195,31 @@ class _Job:
             raise ConfigError(f"per_expert names {next(iter(unused))!r}, which is no layer of experts")
         if not self.twins:
             raise UnsupportedError(f"{type(root).__name__} holds no linear layer and no experts to quantise")
-        self.total = sum(2 if isinstance(twin, QuantExperts) else 1 for twin in self.twins.values())
+        self.matrices = sum(2 if isinstance(twin, QuantExperts) else 1 for twin in self.twins.values())
 
-    def take(self, name: str, value: Tensor) -> bool:
-        """Pack the parameter `name` if its module has a twin, and note what became of it; True if it was packed or
-        went along into the twin."""
+    def fill(self, name: str, value: Tensor) -> float:
+        """Pack the parameter `name` into its module's twin, if that has one; its relative error."""
         owner, _, leaf = name.rpartition(".")
-        twin = self.twins.get(owner)
-        before = 0 if id(value) in self._seen else value.nbytes
-        if isinstance(value, nn.Parameter):
-            self._seen.add(id(value))  # a tied one is there once
-        try:
-            error = 0.0 if twin is None else twin.fill(leaf, value)
-        except ConfigError as problem:
-            raise ConfigError(f"{name} cannot be quantised: {problem}") from None
-        shape = tuple(value.shape)
+        with named(name):
+            return self.twins[owner].fill(leaf, value) if owner in self.twins else 0.0
+
+    def row(
+        self, name: str, shape: Sequence[int], nbytes: int, error: float, tied: bool = False
+    ) -> PackedTensor | KeptTensor:
+        """The report's line on the parameter `name`, which had `nbytes`, or none of its own where it is `tied`."""
+        owner, _, leaf = name.rpartition(".")
+        shape, before, twin = tuple(shape), 0 if tied else nbytes, self.twins.get(owner)
         if twin is None or leaf.endswith("bias"):
-            why = "a vector" if value.dim() < 2 or twin is not None else self.reasons[owner]
-            after = value.numel() * 4 if isinstance(self.root, Decoder) else value.nbytes
-            self.kept.append(KeptTensor(name, shape, before, after, why))
-            return twin is not None
-        self.packed.append(PackedTensor(name, twin.format_of(leaf), shape, before, twin.bytes_of(leaf), error))
-        if self.progress is not None:
-            self.progress(len(self.packed), self.total)
-        return True
+            why = "a vector" if len(shape) < 2 or twin is not None else self.reasons[owner]
+            after = math.prod(shape) * 4 if isinstance(self.root, Decoder) else nbytes
+            return KeptTensor(name, shape, before, after, why)
+        return PackedTensor(name, twin.format_of(leaf), shape, before, twin.bytes_of(leaf), error)
 
     def install(self) -> None:
         """Put the twins in the places of what they stand for."""
         for name, twin in self.twins.items():
             twin.train(self.old[name].training)
         replace_modules(self.root, {self.old[name]: twin for name, twin in self.twins.items()})
-
-    def report(self) -> QuantReport:
-        return QuantReport(tuple(self.packed), tuple(self.kept))
 
     def _plan(self, name: str, part: nn.Module, unused: dict[int | str, Sequence[Format]]) -> None:
         """Give the part a twin, or a reason for none."""

@@ -10,6 +10,7 @@ Shapes: T tokens, K experts a token, R rows sorted by expert, D hidden, F inner 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,17 @@ from moekit.kernels.rounding import STRIP
 from moekit.moe import ClampedSwiGLU, Experts, GroupedMLP, GroupedSwiGLU, Routing
 from moekit.moe.experts import clamped_swiglu, plus_bias
 
-__all__ = ["PAGE", "QuantEmbedding", "QuantExperts", "QuantLinear", "QuantMatrix", "empty_twin", "is_experts"]
+__all__ = [
+    "PAGE",
+    "Matrix",
+    "QuantEmbedding",
+    "QuantExperts",
+    "QuantLinear",
+    "QuantMatrix",
+    "empty_twin",
+    "is_experts",
+    "pack_into",
+]
 
 PAGE = 4096
 
@@ -31,6 +42,22 @@ PAGE = 4096
 def _pages(nbytes: int) -> Tensor:
     """A zeroed buffer of whole pages."""
     return torch.zeros(-(-nbytes // PAGE) * PAGE, dtype=torch.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A matrix in a buffer: the parameter of the unquantised module it comes from, and which of a stack it is there."""
+
+    parameter: str
+    expert: int | None
+    packed: Packed
+
+
+def pack_into(target: Packed, weight: Tensor) -> float:
+    """Pack `weight` into the bytes of `target`; ‖W − Ŵ‖ / ‖W‖. Raises `ConfigError` for NaN and infinity."""
+    packed = pack(weight, target.format, target.parts)
+    target.data.copy_(packed.data)
+    return relative_error(weight, packed)
 
 
 class _Quantised(nn.Module):
@@ -96,9 +123,17 @@ class QuantMatrix(_Quantised):
     def fill(self, name: str, value: Tensor) -> float:
         """Pack the parameter "weight"; returns ‖W − Ŵ‖ / ‖W‖. Raises `ConfigError` for NaN and infinity."""
         assert name == "weight"
-        packed = pack(value, self.format)
-        self.packed.data.copy_(packed.data)
-        return relative_error(value, packed)
+        return pack_into(self.packed, value)
+
+    def matrices_in(self, leaf: str, data: Tensor) -> list[Matrix]:
+        """What the buffer `leaf` holds, laid over the bytes of `data`, which may be another of its size."""
+        assert leaf == "data"
+        size = self.format.matrix_bytes(self.rows, self.cols)
+        return [Matrix("weight", None, Packed(data[:size], self.format, self.rows, self.cols))]
+
+    def parameter(self, leaf: str) -> str:
+        """What a parameter of this module that is not packed is called in the unquantised one."""
+        return leaf
 
     def format_of(self, name: str) -> str:
         return str(self.format)
@@ -232,13 +267,21 @@ class QuantExperts(_Quantised, Experts):
             setattr(self, "down_bias" if name == "down_bias" else "in_bias", nn.Parameter(value.detach()))
             return 0.0
         down = name == "down_proj"
-        errors = [0.0]
-        for expert, weight in enumerate(value):
-            target = self.packed_expert(expert)[down]
-            packed = pack(weight, target.format, target.parts)
-            target.data.copy_(packed.data)
-            errors.append(relative_error(weight, packed))
-        return max(errors)
+        return max(pack_into(self.packed_expert(expert)[down], weight) for expert, weight in enumerate(value))
+
+    def matrices_in(self, leaf: str, data: Tensor) -> list[Matrix]:
+        """See `QuantMatrix.matrices_in`."""
+        expert = int(leaf.removeprefix("expert_"))
+        first, second = self._over(expert, data)
+        return [Matrix(f"{self._in_name}_proj", expert, first), Matrix("down_proj", expert, second)]
+
+    def parameter(self, leaf: str) -> str:
+        """See `QuantMatrix.parameter`."""
+        return f"{self._in_name}_bias" if leaf == "in_bias" else leaf
+
+    @property
+    def _in_name(self) -> str:
+        return (GroupedSwiGLU if self.gated else GroupedMLP).in_name
 
     def format_of(self, name: str) -> str:
         """int4-g32, or "16 × int8-g64, 48 × int4-g32" where experts differ."""
@@ -264,22 +307,22 @@ class QuantExperts(_Quantised, Experts):
         gate_RF, up_RF = hidden_RG.chunk(2, dim=-1)
         return kernels.activate(gate_RF, self.activation) * up_RF
 
-    def matrix_shapes(self, expert: int) -> list[tuple[Format, int, int, int]]:
-        """Format, rows, columns and parts of an expert's two matrices."""
-        format = self.formats[expert]
-        return [(format, self.parts * self.inner, self.hidden, self.parts), (format, self.hidden, self.inner, 1)]
-
     def _sizes(self, format: Format) -> tuple[int, int]:
         """Bytes of an expert's two matrices."""
         first = format.matrix_bytes(self.parts * self.inner, self.hidden, self.parts)
         return first, format.matrix_bytes(self.hidden, self.inner)
 
-    def packed_expert(self, expert: int, data: Tensor | None = None) -> tuple[Packed, Packed]:
-        """Its two matrices, without a copy; of `data` instead of its own buffer where that is given."""
-        data = self.get_buffer(f"expert_{expert}") if data is None else data
-        first, second = (format.matrix_bytes(*shape) for format, *shape in self.matrix_shapes(expert))
-        (format, *before), (_, *after) = self.matrix_shapes(expert)
-        return Packed(data[:first], format, *before), Packed(data[first : first + second], format, *after)
+    def packed_expert(self, expert: int) -> tuple[Packed, Packed]:
+        """Its two matrices, without a copy."""
+        return self._over(expert, self.get_buffer(f"expert_{expert}"))
+
+    def _over(self, expert: int, data: Tensor) -> tuple[Packed, Packed]:
+        format = self.formats[expert]
+        first, second = self._sizes(format)
+        return (
+            Packed(data[:first], format, self.parts * self.inner, self.hidden, self.parts),
+            Packed(data[first : first + second], format, self.hidden, self.inner),
+        )
 
     def _matrices(self) -> tuple[Matrices, Matrices]:
         if self._views is None:

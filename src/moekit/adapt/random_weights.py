@@ -11,7 +11,6 @@ Routers are normal numbers of the first size, norms 1, biases and the rest 0.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,9 @@ from torch import Tensor
 
 from moekit import __version__
 from moekit.adapt.packed_file import packed_state
-from moekit.adapt.quant import Recipe, packed_shape
-from moekit.adapt.quant_modules import PAGE, QuantExperts, QuantMatrix
+from moekit.adapt.quant import QuantPlan, Recipe
+from moekit.adapt.quant_modules import QuantExperts, QuantMatrix
 from moekit.config import ModelConfig
-from moekit.kernels.formats import Format, Packed
 from moekit.kernels.random_packed import make_random
 from moekit.models.archs import config_to_hf
 from moekit.models.weights import empty_decoder
@@ -49,7 +47,7 @@ class RandomWeights:
     def __init__(self, config: ModelConfig, recipe: Recipe, seed: int = 0) -> None:
         self.decoder = empty_decoder(config, config.num_hidden_layers, "the configuration")
         self.parameters = sum(parameter.numel() for parameter in self.decoder.parameters())
-        packed_shape(self.decoder, recipe)
+        QuantPlan(self.decoder, recipe, "meta").install()
         self.job: Mapping[str, Any] = {
             "moekit": __version__,
             "config.json": config_to_hf(config),
@@ -66,23 +64,20 @@ class RandomWeights:
         rng = np.random.Generator(np.random.SFC64([self._seed, self._number[name]]))
         owner, _, leaf = name.rpartition(".")
         module = self.decoder.get_submodule(owner)
-        if isinstance(module, QuantMatrix) and leaf == "data":
-            size = _SIZES.get(owner.rpartition(".")[2], 1.0)
-            return _buffer([(module.format, module.rows, module.cols, 1)], rng, size), []
-        if isinstance(module, QuantExperts) and leaf.startswith("expert_"):
-            return _buffer(module.matrix_shapes(int(leaf.removeprefix("expert_"))), rng), []
+        if self._state[name].dtype == torch.uint8:
+            assert isinstance(module, QuantMatrix | QuantExperts)
+            return _packed(module, leaf, self._state[name].numel(), rng, _SIZES.get(owner.rpartition(".")[2], 1.0)), []
         return _plain(leaf, self._state[name], rng), []
 
 
-def _buffer(matrices: list[tuple[Format, int, int, int]], rng: np.random.Generator, size: float = 1.0) -> Tensor:
-    """Some matrices one after the other, in whole pages."""
-    ends = list(accumulate(format.matrix_bytes(*shape) for format, *shape in matrices))
-    pages = -(-ends[-1] // PAGE) * PAGE
-    data = rng.integers(0, 2**64 - 1, pages // 8, dtype=np.uint64, endpoint=True).view(np.uint8)
-    data[ends[-1] :] = 0
-    buffer = torch.from_numpy(data)
-    for start, end, (format, rows, cols, parts) in zip([0, *ends], ends, matrices, strict=False):
-        make_random(Packed(buffer[start:end], format, rows, cols, parts), size * cols**-0.5)
+def _packed(module: QuantMatrix | QuantExperts, leaf: str, size: int, rng: np.random.Generator, std: float) -> Tensor:
+    """A buffer of `size` random bytes with the matrices of a module's buffer in it, zeros after them."""
+    bits = rng.integers(0, 2**64 - 1, size // 8, dtype=np.uint64, endpoint=True).view(np.uint8)
+    buffer = torch.from_numpy(bits)
+    matrices = [each.packed for each in module.matrices_in(leaf, buffer)]
+    for packed in matrices:
+        make_random(packed, std * packed.cols**-0.5)
+    bits[sum(packed.data.numel() for packed in matrices) :] = 0
     return buffer
 
 

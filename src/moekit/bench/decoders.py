@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from moekit.adapt.packed_folder import load_packed, save_packed
-from moekit.adapt.quant import load_quantised
+from moekit.adapt.quant_stream import load_quantised
 from moekit.config import ModelConfig, MoEConfig
 from moekit.errors import FileError
 from moekit.models.decoder import Decoder

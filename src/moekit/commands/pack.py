@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from moekit.adapt import QuantReport
+    from moekit.adapt.packing import Maker, Packing
+    from moekit.adapt.quant import Recipe
     from moekit.models import Decoder
     from moekit.train.quality import Quality
 
@@ -59,41 +61,51 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     """Quantise, write, print the report; returns it whole."""
     from moekit.adapt import save_packed
     from moekit.adapt.quant import Recipe
+    from moekit.adapt.quant_stream import QuantisedWeights
     from moekit.models import load_tokenizer, read_config
     from moekit.models.archs import config_to_hf
 
     # Refuse before reading gigabytes: what is misspelt, and what could not be written.
-    Recipe.of(options.quant, options.head)
+    recipe = Recipe.of(options.quant, options.head)
     hot = _hot(options)
     if options.random:
-        return _random(options, console)
+        return _random(options, recipe, console)
     config_to_hf(read_config(options.model))
     tokenizer = load_tokenizer(options.model)
     quality = None
     if options.text:
         decoder, report, quality = _measured(options, hot, tokenizer, console)
+        with console.status(f"writing {options.out}"):
+            save_packed(decoder, options.out, tokenizer)
     else:
-        decoder, report = _streamed(options, console)
-    with console.status(f"writing {options.out}"):
-        save_packed(decoder, options.out, tokenizer)
+        maker = QuantisedWeights(options.model, recipe)
+        report = maker.report(_write(maker, options, tokenizer, console).notes)
     _tell(options, report, quality, console)
     result = {"out": options.out, "quant": options.quant, "head": options.head, **report.to_dict()}
     return result | {"quality": None if quality is None else quality.to_dict()}
 
 
-def _random(options: Options, console: Console) -> dict[str, Any]:
-    """Random weights straight into the file."""
+def _write(maker: Maker, options: Options, tokenizer: Any, console: Console) -> Packing:
+    """Tensor by tensor: in memory is one of them."""
     from moekit.adapt.packing import write_packed
-    from moekit.adapt.quant import Recipe
-    from moekit.adapt.random_weights import RandomWeights
     from moekit.commands.progress import BytesProgress
+
+    def tell(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    with stops_on_sigterm(), BytesProgress(console, "packing") as bar:
+        return write_packed(maker, options.out, tokenizer, progress=bar.on_bytes, tell=tell)
+
+
+def _random(options: Options, recipe: Recipe, console: Console) -> dict[str, Any]:
+    """Random weights straight into the file."""
+    from moekit.adapt.random_weights import RandomWeights
     from moekit.models import read_config
 
     if options.text:
         raise ConfigError("random weights have no quality: --random and --text exclude each other")
-    maker = RandomWeights(read_config(options.model), Recipe.of(options.quant, options.head), options.seed)
-    with stops_on_sigterm(), BytesProgress(console, "packing") as bar:
-        done = write_packed(maker, options.out, progress=bar.on_bytes, tell=console.print)
+    maker = RandomWeights(read_config(options.model), recipe, options.seed)
+    done = _write(maker, options, None, console)
     console.print(f"all       {maker.parameters / 1e9:,.2f} billion random parameters, {readable_bytes(done.size)}")
     console.print(f"next      moekit plan {options.out}; text needs a tokenizer, and random weights have none")
     return {
@@ -137,15 +149,6 @@ def _hot(options: Options) -> tuple[str, float] | None:
         raise ConfigError("per_expert counts which experts are busy: give --text too")
     Format.parse(match[1])
     return match[1], float(match[2])
-
-
-def _streamed(options: Options, console: Console) -> tuple[Decoder, QuantReport]:
-    """Quantised while it is read: only the packed model is ever whole."""
-    from moekit.adapt import load_quantised
-    from moekit.commands.progress import ShareProgress
-
-    with ShareProgress(console, "quantising") as bar:
-        return load_quantised(options.model, options.quant, head=options.head, progress=bar.on_part)
 
 
 def _measured(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moekit.adapt.packed_folder import load_packed, save_packed
-from moekit.adapt.quant import load_quantised
+from moekit.adapt.quant_stream import load_quantised
 from moekit.config import ModelConfig, SamplingConfig, from_dict
 from moekit.engine.completion import Completion
 from moekit.engine.generation import Generation, Stream, complete_all

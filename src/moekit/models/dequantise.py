@@ -123,11 +123,13 @@ class Recipe:
         parts: names of the stored tensors it is made of.
         shape: its own.
         make: takes those tensors and `dtype`.
+        stack: whether each of its first axis is made of the same one of every part.
     """
 
     parts: tuple[str, ...]
     shape: Shape
     make: Callable[..., Tensor]
+    stack: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ class Scheme:
             raise FormatError(f"{what} has shape {list(shape)}, not (experts, rows, groups, 16)")
         _check(stored[blocks].dtype, torch.uint8, stored[scales].shape, shape[:-1], what)
         _check(stored[scales].dtype, torch.uint8, stored[scales].shape, shape[:-1], what + "'s scale")
-        return Recipe((blocks, scales), (shape[0], shape[2] * 32, shape[1]), _inputs_first)
+        return Recipe((blocks, scales), (shape[0], shape[2] * 32, shape[1]), _inputs_first, stack=True)
 
 
 def _inputs_first(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -82,8 +82,9 @@ class GGUFFile:
                 self.metadata, infos = header.read()
         self.tensors = _place(infos, _data_start(header.at, self.metadata, str(path)), size, str(path))
 
-    def read(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """The tensor `name`, dequantised: float32 in its shape; beside it, some megabytes are in use.
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """The tensor `name`, dequantised: float32 in its shape; beside it, some megabytes are in use. Of its first
+        axis only `rows`, [first, last), where they are given.
 
         Raises:
             FormatError: there is no such tensor.
@@ -94,15 +95,19 @@ class GGUFFile:
         if name not in self.tensors:
             raise FormatError(f"{self.path} has no tensor {shown(name)}")
         info = self.tensors[name]
+        if len(info.shape) == 1 and rows is not None:
+            return self.read(name)[slice(*rows)]  # its elements lie in blocks
         columns, kind = info.shape[-1], GGMLQuantizationType[info.kind]
-        rows = math.prod(info.shape[:-1])
-        row_bytes = info.nbytes // rows
+        row_bytes = info.nbytes // math.prod(info.shape[:-1])
+        first, last = rows or (0, info.shape[0])
+        shape = (last - first, *info.shape[1:])
+        count, skipped = math.prod(shape[:-1]), first * math.prod(info.shape[1:-1])
         at_once = max(1, _CHUNK // columns)
-        whole = np.empty((rows, columns), np.float32)
+        whole = np.empty((count, columns), np.float32)
         try:
             with file_errors(self.path, "read"), self.path.open("rb") as file:
-                file.seek(info.offset)
-                for start in range(0, rows, at_once):
+                file.seek(info.offset + skipped * row_bytes)
+                for start in range(0, count, at_once):
                     part = whole[start : start + at_once]
                     data = np.frombuffer(file.read(len(part) * row_bytes), np.uint8)
                     if data.size != len(part) * row_bytes:
@@ -112,7 +117,7 @@ class GGUFFile:
             raise UnsupportedError(
                 f"{self.path}: tensor {shown(name)} is {info.kind}, which cannot be dequantised"
             ) from None
-        return whole.reshape(info.shape)
+        return whole.reshape(shape)
 
 
 class _Header:

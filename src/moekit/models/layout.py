@@ -20,6 +20,7 @@ __all__ = [
     "HF_PREFIX",
     "Layout",
     "Piece",
+    "of_expert",
     "stored_shape",
 ]
 
@@ -35,6 +36,7 @@ class Piece:
         transposed: the part on disk is the transpose of ours.
         where: for messages, "expert 3 of layer 0" or "".
         rotary_heads: when not 0, the rows come interleaved for this many heads (GGUF's llama).
+        one_of: when not None, only this one of the first axis on disk.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Piece:
     transposed: bool = False
     where: str = ""
     rotary_heads: int = 0
+    one_of: int | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,16 @@ class Layout:
         for expert in range(moe.num_experts):
             for part, rows in _parts(self.experts[inner], moe.intermediate_size):
                 yield Piece(prefix + part.format(e=expert), (expert, *rows), where=f"expert {expert} of layer {layer}")
+
+
+def of_expert(pieces: Iterable[Piece], expert: int) -> Iterator[Piece]:
+    """What the matrix of one expert is made of, given what a stack of all of them is."""
+    for piece in pieces:
+        which = piece.index[0] if piece.index else slice(None)
+        if which == expert:
+            yield replace(piece, index=piece.index[1:])
+        elif isinstance(which, slice):
+            yield replace(piece, index=piece.index[1:], one_of=expert)
 
 
 def stored_shape(piece: Piece, part: Sequence[int], known: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -80,16 +80,18 @@ class SafetensorsFile:
         self.tensors = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].end)))
         _check_extents(self.tensors, data_start, size, str(path))
 
-    def read(self, name: str) -> Tensor:
-        """The tensor `name`, in memory of its own, in its stored dtype and shape."""
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """The tensor `name`, in memory of its own, in its stored dtype and shape; of its first axis only `rows`,
+        [first, last), where they are given."""
         if name not in self.tensors:
             raise FormatError(f"{self.path} has no tensor {name!r}")
         info = self.tensors[name]
-        tensor = torch.empty(info.shape, dtype=info.dtype)
+        first, last = rows or (0, info.shape[0] if info.shape else 1)
+        tensor = torch.empty((last - first, *info.shape[1:]) if info.shape else (), dtype=info.dtype)
         if tensor.numel() == 0:
             return tensor
         with file_errors(self.path, "read"), self.path.open("rb", buffering=0) as file:
-            file.seek(info.start)
+            file.seek(info.start + first * (tensor.nbytes // (last - first)))
             _fill(file, memoryview(_bytes(tensor)), f"{self.path} ends inside tensor {name!r}")
         return tensor
 

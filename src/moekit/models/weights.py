@@ -25,7 +25,7 @@ from moekit.models.decoder import Decoder
 from moekit.models.dequantise import Scheme
 from moekit.models.gguf_archs import GGUF_ARCHS, gguf_config
 from moekit.models.gguf_file import GGUFFile
-from moekit.models.layout import Layout, Piece, stored_shape
+from moekit.models.layout import Layout, Piece, of_expert, stored_shape
 from moekit.models.safetensors_file import SafetensorsFile
 
 __all__ = [
@@ -46,14 +46,18 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
+Rows = tuple[int, int]
+"""[first, last)."""
+
+
 class Source(Protocol):
     """Tensors on disk: their shapes, and one read at a time."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A plain float tensor, as it is stored or in `dtype`."""
+    def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows | None = None) -> Tensor:
+        """A plain float tensor, as it is stored or in `dtype`; of its first axis, one of several, only `rows`."""
         ...
 
 
@@ -112,11 +116,18 @@ class StoredDecoder:
         self._buffers = self._shapes.keys() - dict(self.empty.named_parameters())
         self.names = list(self._plan)
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None, expert: int | None = None) -> Tensor:
         """The tensor `name`, as it is stored (GGUF: float32; fp8 and mxfp4: bfloat16) or in `dtype`; a router's
-        buffer always in float32."""
+        buffer always in float32. Of a stack of experts only the matrix of `expert`, where that is given."""
         dtype = torch.float32 if name in self._buffers else dtype
-        return _assemble(self._shapes[name], self._plan[name], self._source, self._where, dtype)
+        shape, pieces = self._shapes[name], self._plan[name]
+        if expert is not None:
+            shape, pieces = shape[1:], list(of_expert(pieces, expert))
+        return _assemble(shape, pieces, self._source, self._where, dtype)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the tensor `name`."""
+        return tuple(self._shapes[name])
 
 
 def put(decoder: Decoder, name: str, tensor: Tensor) -> None:
@@ -199,10 +210,12 @@ def _is_ignored(name: str, layout: Layout, config: ModelConfig) -> bool:
 def _assemble(shape: torch.Size, pieces: list[Piece], source: Source, where: str, dtype: torch.dtype | None) -> Tensor:
     """The parameter that `pieces` make up; one of them is in memory at a time."""
     whole: Tensor | None = None
-    last: tuple[str, Tensor] | None = None  # many pieces may come from one tensor
+    last: tuple[tuple[str, Rows | None], Tensor] | None = None  # many pieces may come from one tensor
     for piece in pieces:
-        last = last if last is not None and last[0] == piece.name else (piece.name, source.read(piece.name, dtype))
-        part = last[1][piece.stored]
+        name, rows, inside = _stored_part(piece)
+        if last is None or last[0] != (name, rows):
+            last = (name, rows), source.read(name, dtype, rows)
+        part = last[1][inside]
         part = part.transpose(-1, -2) if piece.transposed else part
         if piece.rotary_heads:
             part = _deinterleave(part, piece.rotary_heads)
@@ -219,6 +232,16 @@ def _assemble(shape: torch.Size, pieces: list[Piece], source: Source, where: str
     return whole
 
 
+def _stored_part(piece: Piece) -> tuple[str, Rows | None, tuple[int | slice, ...]]:
+    """The tensor on disk, which rows of it are read, and what to index those with."""
+    if piece.one_of is not None:
+        return piece.name, (piece.one_of, piece.one_of + 1), (0, *piece.stored[1:])
+    first = piece.stored[0] if piece.stored else slice(None)
+    if first.stop is None or first.step is not None:
+        return piece.name, None, piece.stored
+    return piece.name, (first.start, first.stop), (slice(None), *piece.stored[1:])
+
+
 def _deinterleave(rows: Tensor, heads: int) -> Tensor:
     """Undo llama.cpp's order (pairs of rows side by side in each head): back to first half, second half."""
     size = rows.shape[0] // heads
@@ -230,8 +253,8 @@ class _GGUFSource:
         self.file = file
         self.shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.from_numpy(self.file.read(name)).to(dtype or torch.float32)
+    def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows | None = None) -> Tensor:
+        return torch.from_numpy(self.file.read(name, rows)).to(dtype or torch.float32)
 
 
 class _SafetensorsSource:
@@ -247,15 +270,15 @@ class _SafetensorsSource:
         self.tensors = {name: file.tensors[name] for name, file in self.home.items()}
         self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
 
-    def stored(self, name: str) -> Tensor:
-        return self.home[name].read(name)
+    def stored(self, name: str, rows: Rows | None = None) -> Tensor:
+        return self.home[name].read(name, rows)
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows | None = None) -> Tensor:
         kind = self.tensors[name].dtype
         if kind not in _FLOATS:
             path = self.home[name].path
             raise UnsupportedError(f"{path}: {shown(name)} is stored as {kind}; moekit loads plain floats")
-        return self.stored(name).to(dtype or kind)
+        return self.stored(name, rows).to(dtype or kind)
 
 
 class _Dequantised:
@@ -267,11 +290,13 @@ class _Dequantised:
         self.shapes = {name: shape for name, shape in source.shapes.items() if name not in used}
         self.shapes |= {name: recipe.shape for name, recipe in self._recipes.items()}
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows | None = None) -> Tensor:
         recipe = self._recipes.get(name)
         if recipe is None:
-            return self._source.read(name, dtype)
-        return recipe.make(*map(self._source.stored, recipe.parts), dtype=dtype or torch.bfloat16)
+            return self._source.read(name, dtype, rows)
+        parts = [self._source.stored(part, rows if recipe.stack else None) for part in recipe.parts]
+        whole = recipe.make(*parts, dtype=dtype or torch.bfloat16)
+        return whole if recipe.stack or rows is None else whole[slice(*rows)]
 
 
 class _Prefixed:
@@ -281,8 +306,8 @@ class _Prefixed:
         self._source, self._base = source, base
         self.shapes = {base + name: shape for name, shape in source.shapes.items()}
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self._source.read(name.removeprefix(self._base), dtype)
+    def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows | None = None) -> Tensor:
+        return self._source.read(name.removeprefix(self._base), dtype, rows)
 
 
 def _with_base(source: Source, base: str) -> Source:
