@@ -15,7 +15,7 @@ namespace {
 
 constexpr i64 kRowsATask = 256;       // rows of A that pass one panel: their result stays in L2
 constexpr i64 kTokensATask = 4096;    // the largest fp32 sum of a panel's columns that stays in L2
-constexpr i64 kOuterRows = 192;       // rows of a weight's gradient in one task, a multiple of every kMicroM
+constexpr i64 kOuterRows = 576;       // rows of a weight's gradient in a task, which packs the other operand once
 constexpr i64 kOuterDepth = 512;      // rows of an expert that its operands hold at a time
 constexpr i64 kAlone = 1 << 21;       // multiplications that one thread has done before others have begun
 
@@ -255,7 +255,8 @@ void Layer::outer_task(const Task& t, const Side& left, const Side& right, void*
     return;
   }
   const i64 deepest = std::min(kOuterDepth, end - begin), parts = chunks(right.width, p_.columns);
-  const i64 rows = chunks(t.rows, kRowStep) * kRowStep, tile = rows * p_.columns, tiles = end - begin > kOuterDepth ? parts : 1;
+  const i64 rows = chunks(t.rows, kRowStep) * kRowStep, tile = rows * p_.columns;
+  const i64 tiles = end - begin > kOuterDepth ? parts : 1;
   const i64 panel_bytes = words(deepest) * p_.columns * 4;
   const i64 turned_bytes = static_cast<i64>(Workspace::size_of<float>(words(deepest) * rows));
   char* panel = static_cast<char*>(thread_scratch(panel_bytes + turned_bytes + tiles * tile * 4));

@@ -66,14 +66,20 @@ inline void put(float* out, const VecU (&v)[kLanes], i64 k, const BF16*) {
   }
 }
 
+constexpr i64 kBytesAheadOfPacking = 512;
+
 // kLanes columns of a panel from as many rows of `b`, of which `cols` exist; k elements of each.
 template <class E, class W>
 void pack_lanes(const E* b, i64 ldb, i64 cols, i64 k, W* out) {
   constexpr i64 kWide = kLanes * 4 / static_cast<i64>(sizeof(E));
+  constexpr i64 kAhead = kBytesAheadOfPacking / static_cast<i64>(sizeof(E));
   for (i64 at = 0; at < k; at += kWide, out += kWide / Word<W>::kStep * kPanel) {
     VecU v[kLanes];
     const i64 some = k - at < kWide ? k - at : kWide;
+    const i64 beyond = at + kAhead - k;  // the rows below follow
+    const E* const ahead = beyond < 0 ? b + at + kAhead : b + kLanes * ldb + beyond;
     for (i64 i = 0; i < kLanes; ++i) {
+      __builtin_prefetch(ahead + i * ldb);
       if (i >= cols)
         v[i] = VecU{};
       else if (some == kWide)
