@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from cases import ROUTER_CASES, token_ids
+from cases import config as case_config
 from cases import make as make_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -227,3 +228,21 @@ def test_noise_is_drawn_on_the_cpu_whatever_the_default_device():
     with torch.device("meta"):
         seed = router._seed()
     assert isinstance(seed, int)
+
+
+@pytest.mark.parametrize("router", ROUTER_CASES)
+def test_reset_parameters_makes_a_layer_without_memory_a_fresh_one(router):
+    """Torch's way for models that are made on the meta device; buffers are part of it."""
+    with torch.device("meta"):
+        layer = MoE(case_config(router))
+    layer.to_empty(device="cpu")
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        tensor.detach().fill_(7)
+    torch.manual_seed(3)
+    for module in layer.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    torch.manual_seed(3)
+    fresh = MoE(case_config(router)).state_dict()
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, fresh[name]), name

@@ -90,12 +90,24 @@ class Router(nn.Module):
         rows = config.options.gate_rows(config.num_experts)
         self.weight = nn.Parameter(torch.empty(rows, config.hidden_size)) if rows else None
         self.bias = nn.Parameter(torch.zeros(rows)) if getattr(config.options, "gate_bias", False) else None
+        for name, value in self._first_state().items():
+            self.register_buffer(name, value)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the gate's rows from N(0, init_scale / D) (2101.03961 §2.4 uses a scale of 0.1); no bias at first."""
+        """Draw the gate's rows from N(0, init_scale / D) (2101.03961 §2.4 uses a scale of 0.1); no bias at first, and
+        what is learnt without a gradient as it begins."""
         if self.weight is not None:
             nn.init.normal_(self.weight, std=(self.config.router_init_scale / self.weight.shape[1]) ** 0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        for name, value in self._first_state().items():
+            if value is not None:
+                self.get_buffer(name).copy_(value)
+
+    def _first_state(self) -> dict[str, Tensor | None]:
+        """The buffers of this kind of router, as they begin; None for one that the options leave out."""
+        return {}
 
     def forward(
         self, x_TD: Tensor, mask_T: Tensor | None = None, input_ids_T: Tensor | None = None, sequences: int = 1
@@ -266,13 +278,11 @@ class TopKRouter(Router):
 
     options: TopKOptions
     fp32_buffers = ("selection_bias",)
+    selection_bias: Tensor | None
 
-    def __init__(self, config: MoEConfig) -> None:
-        super().__init__(config)
-        has_bias = isinstance(config.options, TopKOptions) and config.options.bias
-        self.selection_bias: Tensor | None
-        zeros_E = torch.zeros(config.num_experts, dtype=torch.float32)
-        self.register_buffer("selection_bias", zeros_E if has_bias else None)
+    def _first_state(self) -> dict[str, Tensor | None]:
+        has_bias = isinstance(self.options, TopKOptions) and self.options.bias
+        return {"selection_bias": torch.zeros(self.config.num_experts, dtype=torch.float32) if has_bias else None}
 
     def after_step(self, totals: RoutingTotals) -> None:
         if self.selection_bias is not None and self.training:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moekit.config import HierarchicalOptions, MoEConfig, TopPOptions
+from moekit.config import HierarchicalOptions, TopPOptions
 from moekit.moe.router import ROUTERS, Noise, Router, Scores, only_groups, top
 from moekit.moe.types import Choice, RoutingTotals
 
@@ -19,6 +19,7 @@ class TopPRouter(Router):
     With `target_k` the threshold p is a buffer that follows: after each step p moves by
     rate · (target_k − mean k) / top_k, within (0.01, 0.99).
 
+    >>> from moekit import MoEConfig
     >>> config = MoEConfig(hidden_size=8, intermediate_size=4, num_experts=4, top_k=3, router="top_p",
     ...     gate_order="softmax_topk")
     >>> sorted(set(torch.bincount(TopPRouter(config)(torch.randn(90, 8)).token_ids_A).tolist())) in ([1, 2], [1, 2, 3])
@@ -27,11 +28,10 @@ class TopPRouter(Router):
 
     options: TopPOptions
     fp32_buffers = ("threshold",)
+    threshold: Tensor
 
-    def __init__(self, config: MoEConfig) -> None:
-        super().__init__(config)
-        self.threshold: Tensor
-        self.register_buffer("threshold", torch.tensor(self.options.p, dtype=torch.float32))
+    def _first_state(self) -> dict[str, Tensor | None]:
+        return {"threshold": torch.tensor(self.options.p, dtype=torch.float32)}
 
     def after_step(self, totals: RoutingTotals) -> None:
         if self.training and self.options.target_k is not None and totals.tokens:
@@ -56,6 +56,7 @@ class HierarchicalRouter(Router):
     softmax is p itself, so that every loss reads it as any router's; `losses.group_balancing` is the upper level's.
     1701.06538 appendix B, with the full distribution where the paper has noisy top-k at both levels.
 
+    >>> from moekit import MoEConfig
     >>> config = MoEConfig(hidden_size=8, intermediate_size=4, num_experts=6, top_k=2, router="hierarchical",
     ...     router_options={"groups": 3, "groups_per_token": 2})
     >>> HierarchicalRouter(config)(torch.randn(5, 8)).expert_ids_TK.shape

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moekit.config import GShardOptions, GumbelOptions, MoEConfig
+from moekit.config import GShardOptions, GumbelOptions
 from moekit.moe.replay import Decision
 from moekit.moe.router import ROUTERS, Noise, Router, Scores, picked, softmax_by_token, top
 from moekit.moe.types import Choice, RoutingTotals
@@ -24,6 +24,7 @@ class NoisyTopKRouter(Router):
     In training `Routing.load_TE` holds P(x, i), the probability that expert i would be chosen if its own noise alone
     were drawn again (eq 8–9); `losses.load` makes the load loss of it.
 
+    >>> from moekit import MoEConfig
     >>> config = MoEConfig(hidden_size=8, intermediate_size=4, num_experts=4, top_k=2, router="noisy_topk")
     >>> routing = NoisyTopKRouter(config)(torch.randn(3, 8))
     >>> bool(((routing.load_TE >= 0) & (routing.load_TE <= 1)).all())
@@ -68,6 +69,7 @@ class GShardRouter(Router):
 
     g₂ is its share of the two weights. A first expert whose second was skipped keeps the weight it had beside it.
 
+    >>> from moekit import MoEConfig
     >>> config = MoEConfig(hidden_size=8, intermediate_size=4, num_experts=4, top_k=2, router="gshard")
     >>> router = GShardRouter(config).eval()
     >>> router(torch.randn(3, 8)).expert_ids_TK.shape
@@ -102,17 +104,17 @@ class GumbelRouter(Router):
     softmax((l + g) / τ) (1611.01144 §2.2); without, the soft weights are used, divided by the sum of the chosen
     ones. τ falls from `start` to `end` by a constant factor a step over `anneal_steps` steps.
 
+    >>> from moekit import MoEConfig
     >>> config = MoEConfig(hidden_size=8, intermediate_size=4, num_experts=4, top_k=2, router="gumbel")
     >>> GumbelRouter(config)(torch.randn(3, 8)).weights_TK[0].tolist()
     [0.5, 0.5]
     """
 
     options: GumbelOptions
+    steps: Tensor
 
-    def __init__(self, config: MoEConfig) -> None:
-        super().__init__(config)
-        self.steps: Tensor
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+    def _first_state(self) -> dict[str, Tensor | None]:
+        return {"steps": torch.zeros((), dtype=torch.int64)}
 
     @property
     def temperature(self) -> float:

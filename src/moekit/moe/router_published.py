@@ -22,6 +22,7 @@ class SwitchRouter(Router):
     As transformers' SwitchTransformersTop1Router does it (2101.03961 eq 1–2 knows no rounding): of experts whose
     probabilities round to the same number in bf16, the lower one is taken. In fp32 it is `topk` with softmax first.
 
+    >>> from moekit import MoEConfig
     >>> config = MoEConfig(hidden_size=8, intermediate_size=4, num_experts=4, top_k=1, router="switch")
     >>> routing = SwitchRouter(config)(torch.randn(3, 8).bfloat16())
     >>> torch.equal(routing.weights_A, routing.weights_A.bfloat16().float())
@@ -49,6 +50,7 @@ class SparseMixerRouter(Router):
     best; training draws from that softmax (by Gumbel noise), and a drawn expert that is not the best weighs a third of
     its share three times out of four, with the gradient of the whole (Heun's third-order method, §2).
 
+    >>> from moekit import MoEConfig
     >>> config = MoEConfig(hidden_size=8, intermediate_size=4, num_experts=4, top_k=2, router="sparsemixer")
     >>> SparseMixerRouter(config).eval()(torch.randn(3, 8)).expert_ids_TK.shape
     torch.Size([3, 2])
