@@ -227,15 +227,31 @@ def test_wrong_guesses_make_way(store, contents, monkeypatch):
     reader.close()
 
 
+def test_wrong_guesses_of_a_layer_are_not_read_any_more(store, contents, monkeypatch):
+    """Also where there is room for all of them."""
+    reader = Reader(store, "cached", threads=1, chunk=1 << 20)
+    cache = ExpertCache(store, reader, 24)
+    stuck = Stuck(monkeypatch)
+    cache.prefetch(layer(1, 0, 1, 2) + layer(2, 0))
+    assert stuck.reached.acquire(timeout=TIMEOUT)
+    with cache.take(layer(1, 3)) as taken:
+        stuck.go.set()
+        assert [key for key, _ in taken.arriving()] == layer(1, 3)
+    fetch(cache, layer(2, 0), contents)
+    assert cache.stats.bytes_read == len(contents[1, 3]) + len(contents[2, 0])
+    reader.close()
+
+
 def test_a_cancelled_follower_does_not_free_memory_that_is_written_to(store, contents, monkeypatch):
     """Three reads into one slot, the first under way, the second given up before it began."""
-    reader = Reader(store, "cached", threads=1, chunk=1 << 20)
+    reader = Reader(store, "cached", threads=2, chunk=1 << 20)
     cache = ExpertCache(store, reader, 1)
     stuck = Stuck(monkeypatch)
     cache.prefetch(layer(1, 0))
     assert stuck.reached.acquire(timeout=TIMEOUT)
     cache.take(layer(1, 1)).release()
     with cache.take(layer(1, 2)) as taken:
+        assert not stuck.reached.acquire(timeout=0.1)  # the other thread has not begun
         stuck.go.set()
         ((_, address),) = taken.arriving()
         assert ctypes.string_at(address, len(contents[1, 2])) == contents[1, 2]
@@ -288,6 +304,7 @@ def test_shrinking_waits_for_reads_under_way(cache, contents, monkeypatch):
     assert stuck.reached.acquire(timeout=TIMEOUT)
     threading.Timer(0.05, stuck.go.set).start()
     cache.resize(2)
+    assert stuck.go.is_set()
     assert not cache._flying
     fetch(cache, layer(0, 0, 1), contents)
 
