@@ -135,6 +135,29 @@ def test_interrupt_exits_with_130(verb, capsys):
     assert capsys.readouterr().err == "moekit: interrupted\n"
 
 
+@pytest.mark.parametrize("handler", ["signal.default_int_handler", "signal.SIG_IGN"])
+def test_sigterm_ends_as_ctrl_c_does(handler, tmp_path):
+    """Also where Ctrl-C is ignored, as a shell has it for jobs in the background: what was being written is gone."""
+    file, folder = str(tmp_path / "a.gguf"), str(tmp_path / "b")
+    code = (
+        "import signal, time, moekit.commands.doctor as d; from moekit.cli import main; from moekit.files import *\n"
+        f"signal.signal(signal.SIGINT, {handler})\n"
+        "def run(options, console):\n"
+        f"    with replacing({file!r}) as part, replacing_folder({folder!r}) as folder:\n"
+        "        part.touch(), (folder / 'c').touch()\n"
+        "        print('writing', flush=True), time.sleep(60)\n"
+        "d.run = run\n"
+        "raise SystemExit(main(['doctor']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "writing\n"
+    assert len(list(tmp_path.iterdir())) == 2
+    process.terminate()
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, "", "moekit: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_closed_pipe_is_quiet():
     """As in `moekit plan ... | head -0`: a reader that leaves is no error to talk about."""
     code = (

@@ -6,7 +6,8 @@ It knows no verb's work. A verb is a module `moekit.commands.<verb>` with
 What is wrong with a flag's value is raised by `run`, or by a configuration class inside `Options`.
 The module is imported only when its verb is used, and imports torch only inside `run`.
 
-Exit codes: 0 done · 1 a bug of ours, or a result whose "ok" is False · 2 wrong input, said in one line · 130 Ctrl-C.
+Exit codes: 0 done · 1 a bug of ours, or a result whose "ok" is False · 2 wrong input, said in one line · 130 Ctrl-C or
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import io
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 from moekit import __version__
@@ -35,7 +38,7 @@ VERBS = {
     "pull": "download a model from the Hugging Face Hub",
     "upcycle": "turn a dense model into a Mixture of Experts",
     "pack": "quantise a model, to 4 or 8 bits a weight",
-    "export": "write a model as a GGUF file for llama.cpp",
+    "export": "write a model for other programs: GGUF for llama.cpp, Hugging Face's layout",
     "train": "train or fine-tune a model on text",
     "eval": "measure a model's perplexity on text",
     "generate": "continue a prompt",
@@ -69,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     as_json, debug = "--json" in flags, "--debug" in flags
     try:
-        with _quiet():
+        with _quiet(), _sigterm_is_ctrl_c():
             return _run_verb(verb, args[1:], as_json)
     except (Exception, KeyboardInterrupt) as error:
         if debug:
@@ -174,6 +177,26 @@ def _print_any_character() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+@contextmanager
+def _sigterm_is_ctrl_c() -> Iterator[None]:
+    """What is being written is removed, and training keeps a checkpoint, whoever asks for the end."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        handler = signal.getsignal(signal.SIGINT)
+        if not callable(handler):  # ignored, as a shell has it for jobs in the background
+            raise KeyboardInterrupt
+        handler(signal.SIGINT, frame)
+
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -25,10 +25,10 @@ from pathlib import Path
 
 import gguf
 import torch
-from gguf_twins import GGUF_TWINS
+from gguf_twins import GGUF_TWINS, WORDS
 from safetensors.torch import save_file
 from test_gguf_file import array, header, info, number, text, write_llama
-from twins import VOCAB, write
+from twins import write
 
 from moekit.errors import MoekitError
 from moekit.models import GGUFFile, SafetensorsFile, load_decoder, load_tokenizer, save_decoder, write_gguf
@@ -47,12 +47,6 @@ NAMES = (
 )  # fmt: skip
 UNCHANGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error)
 """What a way to damage a file raises when an earlier one left nothing that it could change."""
-WORDS = {
-    "tokenizer.ggml.model": "gpt2",
-    "tokenizer.ggml.pre": "gpt-2",
-    "tokenizer.ggml.tokens": [chr(33 + number) for number in range(VOCAB - 3)] + ["ab", "cd", "ef"],
-    "tokenizer.ggml.merges": ["a b", "c d", "e f"],
-}
 JUNK = (None, True, False, -1, 0.5, 1e308, "4", "", [], {}, [[]], [1] * 5000, 10**400, "F32", {"a": {"b": {}}})
 
 

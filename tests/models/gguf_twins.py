@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from plain_models import DeepseekModel, GrokModel
-from twins import DEEPSEEK, ERNIE, LATENT, PLAIN, QWEN, SHAPE
+from twins import DEEPSEEK, ERNIE, LATENT, PLAIN, QWEN, SHAPE, VOCAB
 
+WORDS = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.tokens": [chr(33 + number) for number in range(VOCAB - 3)] + ["ab", "cd", "ef"],
+    "tokenizer.ggml.merges": ["a b", "c d", "e f"],
+}
+"""A tokenizer of as many words."""
 EPS = {"rms_norm_eps": 2.0**-17}
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {

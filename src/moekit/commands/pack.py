@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import re
-import signal
 import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -93,7 +89,7 @@ def _write(maker: Maker, options: Options, tokenizer: Any, console: Console) -> 
     def tell(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    with stops_on_sigterm(), BytesProgress(console, "packing") as bar:
+    with BytesProgress(console, "packing") as bar:
         return write_packed(maker, options.out, tokenizer, progress=bar.on_bytes, tell=tell)
 
 
@@ -117,23 +113,6 @@ def _random(options: Options, recipe: Recipe, console: Console) -> dict[str, Any
         "bytes": done.size,
         "resumed_bytes": done.resumed,
     }
-
-
-@contextmanager
-def stops_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _hot(options: Options) -> tuple[str, float] | None:
