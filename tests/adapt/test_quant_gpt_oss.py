@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from twins import randomised
 
 from moekit.adapt import load_packed, load_quantised, quantise, save_packed
-from moekit.adapt.quant import QuantExperts
+from moekit.adapt.packing import write_packed
+from moekit.adapt.quant import QuantExperts, Recipe
+from moekit.adapt.quant_stream import QuantisedWeights
 from moekit.errors import ConfigError
 from moekit.kernels.formats import Format, pack, unpack
 from moekit.models import KVCache, load_decoder
@@ -114,7 +116,9 @@ def test_published_mxfp4_experts_keep_every_number(published):
         ]
         assert torch.equal(gate_up, torch.cat([wanted[0][:, 0::2], wanted[0][:, 1::2]], dim=1))
         assert torch.equal(down, wanted[1])
-    assert all(torch.equal(a, b) for a, b in zip(stacks(experts), stacks(quantised(folder, layer)), strict=True))
+    write_packed(QuantisedWeights(folder, Recipe.of("mxfp4")), folder / "packed")  # what `moekit pack` does
+    for other in (quantised(folder, layer), packed_experts(load_packed(folder / "packed"))[layer]):
+        assert all(torch.equal(a, b) for a, b in zip(stacks(experts), stacks(other), strict=True))
 
 
 def quantised(folder, layer):
