@@ -325,6 +325,13 @@ def test_heat_and_warm_up(store, reader, contents):
     assert warm.heat()[0, 1] == 1.0
 
 
+def test_heat_of_a_prompt_in_parts(cache, contents):
+    for number in (0, 1, 2, 1):
+        for first in range(0, 8, 2):
+            fetch(cache, layer(number, first, first + 1), contents)
+    assert cache.heat()[1, 5] == cache.heat()[2, 0] == 1.0
+
+
 def test_warming_up_can_be_interrupted(store, reader, contents, monkeypatch):
     cache = ExpertCache(store, reader, 24)
     flip(store, (1, 0))

@@ -91,7 +91,7 @@ class SlowForecast:
 
     def __init__(self, heat):
         self.heat, self.turns, self.when, self.steps = heat, {}, {}, 0
-        self.weights = [1 / 3] * 3
+        self.weights, self.last = [1 / 3] * 3, None
 
     def shares(self, key):
         turns, found = self.turns.get(key[0], []), []
@@ -114,11 +114,15 @@ class SlowForecast:
         self.weights = [0.99 * weight + 0.01 * mean for weight, mean in zip(self.weights, means, strict=True)]
 
     def use(self, keys, missing):
-        layer = keys[0][0]
+        layer, experts = keys[0][0], {expert for _, expert in keys}
+        known = self.when.keys() | {layer for layer, _ in self.heat}
+        if layer == self.last and len(known) > 1 and not self.turns[layer][-1] & experts:
+            self.turns[layer][-1] |= experts
+            return
         if missing and self.turns.get(layer):
             self.learn(keys)
-        self.turns.setdefault(layer, []).append({expert for _, expert in keys})
-        self.when[layer], self.steps = self.steps, self.steps + 1
+        self.turns.setdefault(layer, []).append(experts)
+        self.when[layer], self.steps, self.last = self.steps, self.steps + 1, layer
 
     def expected(self, key):
         chance = sum(weight * share for weight, share in zip(self.weights, self.shares(key), strict=True))
@@ -200,6 +204,17 @@ def test_the_default_loses_to_no_other(kind):
     for slots in (26, 64, 128, 192):
         hits = {name: simulate(trace, slots, name).hits for name in POLICIES}
         assert hits["forecast"] >= 0.97 * max(hits.values()), (slots, hits)
+
+
+def test_a_prompt_in_parts_is_one_turn():
+    whole, parts = make_policy("forecast", 8), make_policy("forecast", 8)
+    for layer in (0, 1, 0, 1):
+        keys = [(layer, expert) for expert in range(6)]
+        whole.use(keys)
+        for first in (0, 2, 4):
+            parts.use(keys[first : first + 2])
+    assert (whole._layers[1].shares[:, :6] == parts._layers[1].shares[:, :6]).all()
+    assert whole._layers[1].turns == parts._layers[1].turns == 2
 
 
 def test_layers_in_turn_with_a_cache_of_half():

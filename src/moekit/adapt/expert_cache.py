@@ -149,6 +149,7 @@ class ExpertCache:
         self._pinned = 0
         self._uses: Counter[Key] = Counter()
         self._turns: Counter[int] = Counter()
+        self._turn: set[Key] = set()
         self._hits = self._misses = self._useful = self._useless = 0
         self._waited = 0.0
 
@@ -165,10 +166,8 @@ class ExpertCache:
         missing = [key for key in wanted if key not in self._entries] if len(held) < len(wanted) else []
         self._check_room(len(wanted), missing, held)
         self._pin(held)
-        layers = {key[0] for key in wanted}
         self._policy.use(list(wanted))
-        self._uses.update(wanted.keys())
-        self._turns.update(layers)
+        self._count(wanted)
         waiting: dict[Key, _Entry] = {}
         if self._flying:
             waiting = {entry.key: entry for entry in held if entry.pending is not None}
@@ -264,6 +263,15 @@ class ExpertCache:
         self._entries.clear()
         self._free, self.slots, self.maximum = [], 0, 0
         self._slots.close()
+
+    def _count(self, wanted: Mapping[Key, None]) -> None:
+        """For `heat`: uses and turns. What goes on with a layer, with other experts, is the same turn."""
+        layers = {key[0] for key in wanted}
+        if len(self._turns) < 2 or layers != {key[0] for key in self._turn} or not self._turn.isdisjoint(wanted):
+            self._turn = set()
+            self._turns.update(layers)
+        self._turn |= wanted.keys()
+        self._uses.update(wanted.keys())
 
     def _check_room(self, wanted: int, missing: list[Key], held: list[_Entry]) -> None:
         for key in missing:

@@ -227,6 +227,7 @@ class Forecast(Policy):
     maximisation at each step that misses). So it acts like LRU where routing sticks to its experts and like LFU where
     some are simply popular, and it knows that the layer just visited comes again last, where recency says the opposite.
 
+    Steps of one layer in a row that share no expert are one turn: a prompt's experts, some at a time.
     After a miss the layer's residents are ranked anew in one pass over them; a victim then costs O(log layers).
     """
 
@@ -242,6 +243,7 @@ class Forecast(Policy):
         self._known = bool(heat)
         self._steps = 0
         self._layers: dict[int, _Layer] = {}
+        self._last: _Layer | None = None
         self._order: list[tuple[float, int, int]] = []  # a heap of (−expected of a layer's last, layer, its version)
         self._moved: set[int] = set()
         for (layer, expert), share in (heat or {}).items():
@@ -251,12 +253,17 @@ class Forecast(Policy):
         for number, group in itertools.groupby(keys, key=_layer_of):
             chosen = [expert for _, expert in group]
             layer, experts = self._layer(number, max(chosen)), np.array(chosen)
-            if layer.turns and not layer.resident[experts].all():
-                self._learn(layer.shares[:, experts] / self._scale(layer))
-            layer.shares *= self._fade
+            goes_on = layer is self._last and len(self._layers) > 1 and not layer.used[experts].any()
+            if not goes_on:
+                if layer.turns and not layer.resident[experts].all():
+                    self._learn(layer.shares[:, experts] / self._scale(layer))
+                layer.shares *= self._fade
+                layer.turns += 1
+                layer.when, self._steps = self._steps, self._steps + 1
+                layer.used[:] = False
+                self._last = layer
             layer.shares[:, experts] += self._gain
-            layer.turns += 1
-            layer.when, self._steps = self._steps, self._steps + 1
+            layer.used[experts] = True
             self._moved.add(number)
 
     def add(self, key: Key) -> None:
@@ -322,17 +329,19 @@ class Forecast(Policy):
 
 
 class _Layer:
-    """What `Forecast` knows of a layer: shares (halves, experts), who is resident, and the last ranking of those."""
+    """What `Forecast` knows of a layer: shares (halves, experts), who is resident, who was used in its last turn, and
+    the last ranking of residents."""
 
     def __init__(self, halves: int) -> None:
         self.shares, self.resident = np.zeros((halves, 0)), np.zeros(0, dtype=bool)
+        self.used = self.resident
         self.turns, self.when, self.version = 0, 0, 0
         self.ranked: list[tuple[float, int]] = []
 
     def grow(self, experts: int) -> None:
         more = experts - len(self.resident)
         self.shares = np.pad(self.shares, ((0, 0), (0, more)))
-        self.resident = np.pad(self.resident, (0, more))
+        self.resident, self.used = np.pad(self.resident, (0, more)), np.pad(self.used, (0, more))
 
 
 def _layer_of(key: Key) -> int:
