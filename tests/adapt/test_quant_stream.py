@@ -27,7 +27,7 @@ from moekit.models.weights import StoredDecoder, stored_tensors
 from same_folders import same
 from tiny import tiny_config
 
-OFTEN = {"llama tied", "mixtral", "qwen3_moe", "dbrx", "granitemoe", "gpt2", "deepseek_v3"}
+OFTEN = {"llama tied", "mixtral", "qwen3_moe", "dbrx", "granitemoe", "gpt2", "gpt_oss", "deepseek_v3"}
 
 
 def streamed(source: Path, out: Path, quant: str = "int4") -> QuantReport:
@@ -47,11 +47,12 @@ def both(source: Path, tmp_path: Path, quant: str = "int4") -> None:
     assert set(report.kept) - set(buffers) == set(expected.kept)
 
 
-def qwen(width: int = 32, **moe: int) -> ModelConfig:
+def qwen(width: int = 32, hidden: int = 32, experts: int = 4) -> ModelConfig:
     """Of a family whose experts some programs write in one tensor."""
     config = tiny_config()
-    layer = dataclasses.replace(config.moe, intermediate_size=width, gate_order="softmax_topk", norm_topk_prob=True)
-    return dataclasses.replace(config, arch="qwen3_moe", qk_norm=True, moe=dataclasses.replace(layer, **moe))
+    sizes = {"hidden_size": hidden, "intermediate_size": width, "num_experts": experts}
+    moe = dataclasses.replace(config.moe, **sizes, gate_order="softmax_topk", norm_topk_prob=True)
+    return dataclasses.replace(config, arch="qwen3_moe", qk_norm=True, hidden_size=hidden, moe=moe)
 
 
 def fused(decoder: Decoder, folder: Path) -> Path:
@@ -70,7 +71,7 @@ def fused(decoder: Decoder, folder: Path) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in OFTEN else pytest.mark.heavy) for name in FAMILIES if name != "gpt_oss"],
+    [pytest.param(name, marks=() if name in OFTEN else pytest.mark.heavy) for name in FAMILIES],
 )
 def test_of_every_family(tmp_path, name):
     write(name, tmp_path / "model")
@@ -213,8 +214,7 @@ print(high() - before)
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """100 MB of experts in stacks of 67 MB: streamed, it is some experts of 0.5 MB."""
-    config = dataclasses.replace(qwen(512, hidden_size=256, num_experts=128), hidden_size=256)
-    fused(Decoder(config).bfloat16(), tmp_path / "model")
+    fused(Decoder(qwen(512, 256, 128)).bfloat16(), tmp_path / "model")
     save_decoder(Decoder(tiny_config()), tmp_path / "small")
     used = {}
     for way in ("streamed", "loaded"):

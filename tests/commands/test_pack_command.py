@@ -104,19 +104,23 @@ def test_interrupted(folders, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("end", ["SIGTERM", "SIGINT"])
 def test_stopped_and_gone_on_with(folders, tmp_path, capsys, monkeypatch, end):
     """By a signal in the middle: one line that says where the work is; the same command ends it."""
-    make, made = QuantisedWeights.make, []
+    make, made, ended = QuantisedWeights.make, [], []
 
     def stopping(self, name):
         made.append(name)
         if len(made) == 12:
-            os.kill(os.getpid(), getattr(signal, end))
-            time.sleep(0.2)  # the main thread has the signal by now
-        return make(self, name)
+            for _ in range(2):  # impatiently; the main thread has each after a while
+                os.kill(os.getpid(), getattr(signal, end))
+                time.sleep(0.2)
+        value = make(self, name)
+        ended.append(name)
+        return value
 
     args = ["pack", str(folders / "moe"), str(tmp_path / "out")]
     with monkeypatch.context() as patch:
         patch.setattr(QuantisedWeights, "make", stopping)
         assert cli.main(args) == 130
+    assert sorted(ended) == sorted(made)  # no thread is left behind
     error = capsys.readouterr().err
     assert re.fullmatch(
         r"moekit: interrupted: \d+% is done and kept in .*/\.out\.packing: the same command .*\n", error

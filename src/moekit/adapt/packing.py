@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -207,8 +208,20 @@ def _in_threads(
             while begun:
                 yield begun.popleft().result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            with _undisturbed():
+                pool.shutdown(cancel_futures=True)
             torch.set_num_threads(before)  # new threads take the number that was set last, in any thread
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Signals wait. A second Ctrl-C while threads are waited for would make Python take them for ended (Thread.join,
+    `_wait_for_tstate_lock`), and leaving while one computes aborts the process."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _refuse_without_room(writer: PackedWriter, final: Path) -> None:
