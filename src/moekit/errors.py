@@ -8,6 +8,7 @@
     │   └── UnsafeFileError             a pickle, or a path that leaves its folder
     ├── DataError (ValueError)          the corpus has nothing to learn from
     ├── ContextLengthError (ValueError) more tokens than the model's context holds
+    ├── BudgetError (MemoryError)       the memory that was allowed is too little; the message has the least that works
     ├── DivergenceError (ArithmeticError) training produced nan or infinity; the message names the step and a remedy
     ├── BackendError (RuntimeError)     a forced kernel backend is missing or does not have the op
     ├── UnsupportedError                a thing moekit does not do; the message says what does
@@ -23,6 +24,7 @@ from typing import Any
 
 __all__ = [
     "BackendError",
+    "BudgetError",
     "ConfigError",
     "ContextLengthError",
     "DataError",
@@ -68,6 +70,10 @@ class DataError(MoekitError, ValueError):
 
 class ContextLengthError(MoekitError, ValueError):
     """A prompt or a row of tokens is longer than the model's context."""
+
+
+class BudgetError(MoekitError, MemoryError):
+    """A model, or a conversation, needs more memory than it was allowed."""
 
 
 class DivergenceError(MoekitError, ArithmeticError):

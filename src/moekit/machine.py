@@ -6,6 +6,7 @@ import os
 import platform
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from moekit.errors import ConfigError
@@ -15,8 +16,10 @@ __all__ = [
     "cores",
     "instruction_sets",
     "parse_bytes",
+    "peak_memory",
     "processor",
     "readable_bytes",
+    "resident_memory",
     "total_memory",
 ]
 
@@ -60,6 +63,37 @@ def available_memory() -> int:
         if line.startswith("MemAvailable:"):
             return min(int(line.split()[1]) * 1024, total_memory())
     return total_memory()
+
+
+def resident_memory() -> int:
+    """Bytes of this process in memory now, programs and mapped files included (VmRSS)."""
+    return _own_status("VmRSS")
+
+
+class Peak:
+    """`value`: the highest that `resident_memory` has been."""
+
+    value = 0
+
+
+@contextmanager
+def peak_memory() -> Iterator[Peak]:
+    """Find out the highest `resident_memory` inside: where the system keeps it (Linux), else that of the whole run."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the highest is now; see proc(5)
+    peak = Peak()
+    yield peak
+    peak.value = _own_status("VmHWM")
+
+
+def _own_status(field: str) -> int:
+    found = re.search(rf"^{field}:\s*(\d+) kB$", _read("/proc/self/status"), re.MULTILINE)
+    if found:
+        return int(found[1]) * 1024
+    import resource
+
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def cores() -> int:

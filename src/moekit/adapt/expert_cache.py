@@ -249,6 +249,11 @@ class ExpertCache:
         }
 
     @property
+    def filled(self) -> int:
+        """Slots that hold an expert, or will."""
+        return len(self._entries)
+
+    @property
     def stats(self) -> CacheStats:
         """So far; what the reader did is all it did, also for others."""
         return CacheStats(

@@ -33,7 +33,7 @@ from moekit.models.tokenizer import Tokenizer
 from moekit.models.weights import PACKED_WEIGHTS, empty_decoder
 from moekit.models.weights_write import remove_stale
 
-__all__ = ["load_packed", "save_packed", "write_beside"]
+__all__ = ["empty_packed", "load_packed", "put_packed", "save_packed", "write_beside"]
 
 
 def save_packed(decoder: Decoder, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
@@ -73,6 +73,15 @@ def load_packed(folder: str | os.PathLike[str]) -> Decoder:
         FileError: a file is missing or unreadable.
         FormatError: the file contradicts itself or the configuration; the message names the tensor.
     """
+    decoder, file = empty_packed(folder)
+    for name, value in file.map_all().items():
+        put_packed(decoder, name, value)
+    return decoder.eval()
+
+
+def empty_packed(folder: str | os.PathLike[str]) -> tuple[Decoder, SafetensorsFile]:
+    """The decoder in such a folder without its tensors (on torch's meta device), and the file that holds exactly
+    those. Raises as `load_packed` does."""
     folder = Path(folder)
     config = read_config(folder)
     file = SafetensorsFile(folder / PACKED_WEIGHTS)
@@ -87,11 +96,14 @@ def load_packed(folder: str | os.PathLike[str]) -> Decoder:
     decoder = empty_decoder(config, len(file.tensors), where)
     _make_room(decoder, file, where)
     _check(decoder, file, where)
-    for name, value in file.map_all().items():
-        owner, _, leaf = name.rpartition(".")
-        module = decoder.get_submodule(owner)
-        setattr(module, leaf, nn.Parameter(value, requires_grad=False) if leaf in module._parameters else value)
-    return decoder.eval()
+    return decoder, file
+
+
+def put_packed(decoder: Decoder, name: str, value: Tensor) -> None:
+    """Make `value` the parameter (without a gradient) or buffer of this name."""
+    owner, _, leaf = name.rpartition(".")
+    module = decoder.get_submodule(owner)
+    setattr(module, leaf, nn.Parameter(value, requires_grad=False) if leaf in module._parameters else value)
 
 
 def _make_room(decoder: Decoder, file: SafetensorsFile, where: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from moekit.commands.budget import tell_budget
 from moekit.commands.generate import summary
 from moekit.commands.heat import heat_table
 from moekit.commands.options import DType, ModelPath, Sampling
@@ -32,11 +33,13 @@ class Options:
     """Talk to a model. In the conversation, /help lists the commands."""
 
     model: ModelPath
-    """Folder in Hugging Face layout, or a .gguf file."""
+    """Folder in Hugging Face layout or of `moekit pack`, or a .gguf file."""
     system: str = ""
     """Instruction to the model, before the conversation."""
     dtype: DType | None = None
     """Compute in this format; the stored one when not given."""
+    memory: str | None = None
+    """What the whole process may take, as in 8GB: the experts of a packed model then come from disk as needed."""
     sampling: Sampling = field(default_factory=lambda: SamplingConfig(max_new_tokens=512, temperature=0.7, top_p=0.9))
 
 
@@ -44,7 +47,9 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     """Talk until the user leaves; returns the conversation."""
     import moekit
 
-    conversation = Conversation(moekit.load(options.model, dtype=options.dtype), options, console)
+    model = moekit.load(options.model, dtype=options.dtype, memory=options.memory)
+    tell_budget(model, console)
+    conversation = Conversation(model, options, console)
     _keep_line_history()
     while (line := _read_line(console)) is not None:
         if not conversation.take(line.strip()):

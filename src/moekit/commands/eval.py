@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from moekit.commands.budget import tell_budget
 from moekit.commands.options import ModelPath
 from moekit.config import Autocast
 
@@ -35,6 +36,8 @@ class Options:
     """Rows computed at a time."""
     autocast: Autocast = "auto"
     """Compute dtype over the stored weights; a packed model computes in float32."""
+    memory: str | None = None
+    """What the whole process may take, as in 8GB: the experts of a packed model then come from disk as needed."""
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
@@ -42,7 +45,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     import moekit
 
     with console.status("reading the model"):
-        model = moekit.load(options.model)
+        model = moekit.load(options.model, memory=options.memory)
+    tell_budget(model, console)
     with tempfile.TemporaryDirectory(prefix="moekit-") as cache:
         result = _evaluate(model.decoder, model.tokenizer, options, Path(cache), console)
     console.print(f"perplexity  {result.perplexity:.3f}")

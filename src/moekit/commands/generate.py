@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from moekit.commands.budget import experts_line, tell_budget
 from moekit.commands.options import DType, ModelPath, Sampling
 from moekit.config import SamplingConfig
 from moekit.config.base import check
@@ -24,7 +25,7 @@ class Options:
     """Continue a prompt."""
 
     model: ModelPath
-    """Folder in Hugging Face layout, or a .gguf file."""
+    """Folder in Hugging Face layout or of `moekit pack`, or a .gguf file."""
     prompt: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
     """Text to continue."""
     chat: bool = False
@@ -37,6 +38,8 @@ class Options:
     """For --json: the log-probability of each token, and of this many of the most likely ones beside it."""
     dtype: DType | None = None
     """Compute in this format; the stored one when not given."""
+    memory: str | None = None
+    """What the whole process may take, as in 8GB: the experts of a packed model then come from disk as needed."""
     sampling: Sampling = field(default_factory=SamplingConfig)
 
 
@@ -47,7 +50,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     import moekit
 
     prompt, tools = _prompt(options), options.tools and _tools(options.tools)
-    model = moekit.load(options.model, dtype=options.dtype)
+    model = moekit.load(options.model, dtype=options.dtype, memory=options.memory)
+    tell_budget(model, console)
     stream = model.stream(prompt, tools=tools, logprobs=options.logprobs, **dataclasses.asdict(options.sampling))
     for piece in stream:
         console.out(piece, end="", highlight=False)
@@ -71,14 +75,15 @@ def _tools(path: Path) -> list[Any]:
 
 
 def summary(stats: GenerationStats) -> str:
-    """One line of figures."""
+    """A line of figures; of a model within a budget two."""
     endings = {
         "stop": "the model ended its text",
         "length": "max_new_tokens reached",
         "context": "the model's context is full",
         "cancelled": "interrupted",
     }
+    experts = "" if stats.experts is None else f"\n{experts_line(stats.experts)}"
     return (
         f"{stats.prompt_tokens} + {stats.new_tokens} tokens, first after {stats.time_to_first_token:.2f} s, "
-        f"then {stats.decode_tokens_per_second:.1f} a second; {endings[stats.finish_reason]}"
+        f"then {stats.decode_tokens_per_second:.1f} a second; {endings[stats.finish_reason]}{experts}"
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from moekit.commands.budget import tell_budget
 from moekit.commands.options import DType
 from moekit.commands.routes import Routes
 from moekit.errors import ConfigError, UnsupportedError
@@ -42,6 +43,8 @@ class Options:
     """Show what --save-trace wrote, without a model."""
     dtype: DType | None = None
     """Compute in this format; the stored one when not given."""
+    memory: str | None = None
+    """What the whole process may take, as in 8GB: the experts of a packed model then come from disk as needed."""
 
 
 def run(options: Options, console: Console) -> dict[str, Any]:
@@ -53,7 +56,8 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     from moekit.engine import TraceHead, TraceWriter
 
     texts = _texts(options)
-    model = moekit.load(str(options.model), dtype=options.dtype)
+    model = moekit.load(str(options.model), dtype=options.dtype, memory=options.memory)
+    tell_budget(model, console)
     facts = _facts(model)
     _print_facts(facts, console)
     if not texts:

@@ -5,12 +5,13 @@ from moekit.engine.engine import Model, load
 from moekit.engine.generation import Stream
 from moekit.engine.sampler import Sampler
 from moekit.engine.session import Session
-from moekit.engine.stats import GenerationStats
+from moekit.engine.stats import ExpertStats, GenerationStats
 from moekit.engine.trace import RoutingTrace, TraceHead, TraceRow, TraceWriter
 
 __all__ = [
     "ChosenToken",
     "Completion",
+    "ExpertStats",
     "GenerationStats",
     "Model",
     "RoutingTrace",

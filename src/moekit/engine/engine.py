@@ -12,6 +12,7 @@ from typing import Any, TypeGuard, cast, overload
 import torch
 from torch import Tensor
 
+from moekit.adapt.budget import MemoryBudget, load_within
 from moekit.adapt.packed_folder import load_packed, save_packed
 from moekit.adapt.quant_stream import load_quantised
 from moekit.config import ModelConfig, SamplingConfig, from_dict
@@ -20,6 +21,7 @@ from moekit.engine.generation import Generation, Stream, complete_all
 from moekit.engine.session import Session
 from moekit.engine.stats import GenerationStats
 from moekit.errors import ConfigError, ContextLengthError, MoekitError, UnsupportedError
+from moekit.machine import parse_bytes
 from moekit.models.archs import is_packed
 from moekit.models.decoder import Decoder, DecoderOutput
 from moekit.models.tokenizer import Message, Tokenizer, load_tokenizer
@@ -53,21 +55,27 @@ def load(
             model, which computes in float32.
         quant: quantise an unquantised model while it is read, tensor by tensor, to this format (int8, int4, nf4,
             mxfp4, int4-g64-asym, …), embedding and head to int8. `moekit pack` does it once and for all.
-        memory: not in this version; anything but None is refused.
+        memory: what the whole process may take, as in "8GB": of a packed MoE the experts then stay on disk, and as many
+            as fit are kept in memory. No number changes.
     Raises:
         FileError, FormatError, UnsafeFileError: the files are missing, contradict themselves, or are pickles.
         UnknownNameError: no such dtype or format.
-        UnsupportedError: memory is given, or a dtype for a quantised model, or quant for a packed one.
+        UnsupportedError: a dtype for a quantised model, quant for a packed one, or memory for one that is not packed
+            or has no experts.
+        BudgetError: the memory is too little; the message has the least that works.
     """
-    if memory is not None:
-        raise UnsupportedError(f"memory={memory!r}: this version loads models whole; leave memory out")
     packed = is_packed(path)
+    if memory is not None and not packed:
+        raise UnsupportedError(
+            f"memory={memory!r}: {path} is not packed, and experts come from disk as they are used: "
+            f"moekit pack {path} OUT --quant int4, then load OUT"
+        )
     if dtype is not None and (packed or quant is not None):
         raise UnsupportedError(f"dtype={dtype!r}: a quantised model computes in float32; leave dtype out")
     if packed and quant is not None:
         raise UnsupportedError(f"quant={quant!r}: {path} is packed already; quantise the model it was made of")
     if packed:
-        decoder = load_packed(path)
+        decoder = load_packed(path) if memory is None else load_within(path, parse_bytes(memory))
     elif quant is not None:
         decoder, _ = load_quantised(path, quant)
     else:
@@ -93,6 +101,12 @@ class Model:
     @property
     def config(self) -> ModelConfig:
         return self.decoder.config
+
+    @property
+    def budget(self) -> MemoryBudget | None:
+        """How memory is divided, of a model loaded with `memory`."""
+        room = self.decoder.room
+        return room if isinstance(room, MemoryBudget) else None
 
     @property
     def can_chat(self) -> bool:
@@ -202,6 +216,8 @@ class Model:
 
     def save(self, folder: str | PathLike[str]) -> None:
         """Write weights, configuration and tokenizer to `folder`: in Hugging Face layout, or packed if quantised."""
+        if self.budget is not None:
+            raise UnsupportedError("the experts of this model are on disk: copy the folder it was loaded from")
         if self.decoder.is_packed:
             save_packed(self.decoder, folder, self.tokenizer)
             return

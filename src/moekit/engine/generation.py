@@ -12,11 +12,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 from torch import Tensor
 
+from moekit.adapt.budget import MemoryBudget
 from moekit.config import SamplingConfig
 from moekit.engine.completion import ChosenToken, Completion, chosen
 from moekit.engine.sampler import Sampler
 from moekit.engine.session import Session, append_each
-from moekit.engine.stats import FinishReason, GenerationStats, count_experts
+from moekit.engine.stats import FinishReason, GenerationStats, Traffic, count_experts
 from moekit.engine.stops import StopStrings
 from moekit.models.tokenizer import TextStream, Tokenizer
 from moekit.moe import Routing
@@ -62,6 +63,7 @@ class Generation:
         self._new_ids: list[int] = []
         self._chosen: list[ChosenToken] = []
         self._seconds: list[float] = []
+        self._traffic: Traffic | None = None
         self._routings: list[tuple[Routing, ...]] = []
 
     def begin(self, session: Session) -> str:
@@ -69,6 +71,7 @@ class Generation:
         start = time.perf_counter()
         session.take_routings()
         self._session = session
+        self._traffic = Traffic(session.room) if isinstance(session.room, MemoryBudget) else None
         logits_V = session.read(self._ids)
         self._reused = session.reused
         return self._take(logits_V, start)
@@ -99,6 +102,7 @@ class Generation:
             decode_tokens_per_second=len(later) / sum(later) if later else 0.0,
             finish_reason=self.finish_reason or "cancelled",
             expert_counts=count_experts(self._routings),
+            experts=self._traffic.stats() if self._traffic else None,
         )
 
     def _take(self, logits_V: Tensor, start: float) -> str:
@@ -106,6 +110,8 @@ class Generation:
         self._routings += self._session.take_routings()
         token = self._sampler(logits_V)
         self._seconds.append(time.perf_counter() - start)
+        if self._traffic is not None:
+            self._traffic.token()
         piece = self._end("stop") if token in self._end_ids else self._add(token, logits_V)
         if self.finish_reason is not None:
             self._session = None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moekit.models.cache import KVCache
+from moekit.models.cache import KVCache, Room
 from moekit.models.decoder import Decoder, DecoderOutput
 from moekit.moe import Routing
 
@@ -28,6 +28,7 @@ class Session:
     Attributes:
         tokens: the ids whose keys and values the cache holds.
         reused: how many of them the last `read` took over instead of computing.
+        room: who allots memory to it; None: nobody.
     """
 
     def __init__(self, decoder: Decoder, chunk: int = PREFILL_CHUNK) -> None:
@@ -35,7 +36,8 @@ class Session:
         self.tokens: list[int] = []
         self.reused = 0
         self._chunk = chunk
-        self._cache = KVCache(decoder.config, dtype=decoder.cache_dtype)
+        self.room: Room | None = getattr(decoder, "room", None)
+        self._cache = KVCache(decoder.config, dtype=decoder.cache_dtype, room=self.room)
         self._routings: list[tuple[Routing, ...]] = []
 
     def read(self, ids: Sequence[int]) -> Tensor:
@@ -43,12 +45,15 @@ class Session:
 
         Raises:
             ContextLengthError: more ids than the model's context holds.
+            BudgetError: their keys and values do not fit the memory that was allowed.
         """
         self.reused = min(_common_prefix(self.tokens, ids), self._cache.length, len(ids) - 1)
         self._cache.truncate(self.reused)
         del self.tokens[self.reused :]
         for start in range(self.reused, len(ids), self._chunk):
             logits_V = self.append(ids[start : start + self._chunk])
+            if self.room is not None:
+                self.room.settle()
         return logits_V
 
     @torch.inference_mode()

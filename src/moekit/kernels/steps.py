@@ -26,6 +26,7 @@ __all__ = [
     "ExpertWeights",
     "MLPStep",
     "MLPWeights",
+    "PartStep",
     "TopKGate",
     "Weights",
     "can_multiply",
@@ -326,6 +327,8 @@ class PartStep:
     def hidden(self, slots: list[int]) -> None:
         """What comes before the second matrix, of the experts at these places of `ids_A`, which have been placed; the
         first call also does the shared MLP's."""
+        if not slots and not self._shared:
+            return
         self._native.hidden(*self._ids, slots + self._shared, self._state.data_ptr(), cpu.num_threads())
         self._shared = []
 

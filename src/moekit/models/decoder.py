@@ -22,7 +22,7 @@ from moekit.kernels.formats import Packed
 from moekit.kernels.quant import quant_linear
 from moekit.models.attention import Attention, AttentionInput, attention_mask
 from moekit.models.blocks import DenseMLP, norm
-from moekit.models.cache import KVCache
+from moekit.models.cache import KVCache, Room
 from moekit.models.mla import LatentAttention
 from moekit.models.rope import rotary_factors
 from moekit.models.steps import DecoderSteps, Token, obstacle
@@ -111,6 +111,9 @@ def recomputed(module: nn.Module, *args: object) -> tuple[Tensor, Routing | None
 class Decoder(nn.Module):
     """Embedding, blocks, norm and head.
 
+    Attributes:
+        room: who allots memory to its sequences' caches; None: nobody.
+
     >>> config = ModelConfig(arch="llama", vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
     ...     num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=32)
     >>> Decoder(config)(torch.zeros(1, 5, dtype=torch.long)).logits.shape
@@ -120,6 +123,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.room: Room | None = None
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         learned = config.positions == "learned"
         self.positions = (

@@ -101,16 +101,28 @@ class SafetensorsFile:
         All pages are asked for at once, so that a file that is not in memory yet is read in order and here, not fault
         by fault when the tensors are used; later the system may take pages back and read them again.
         """
-        with file_errors(self.path, "map"), self.path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        if len(mapped) < max((info.end for info in self.tensors.values()), default=0):
-            raise FormatError(f"{self.path} became shorter since its header was read")
+        mapped = self._mapped(0, max((info.end for info in self.tensors.values()), default=0))
         with contextlib.suppress(OSError):  # Linux before 5.14: they come when they are touched
             mapped.madvise(_MADV_POPULATE_READ)
         whole = torch.frombuffer(mapped, dtype=torch.uint8)
         return {
             name: whole[info.start : info.end].view(info.dtype).view(info.shape) for name, info in self.tensors.items()
         }
+
+    def map(self, name: str) -> Tensor:
+        """The tensor `name`, whose pages come from the file when they are touched and leave when memory is short."""
+        info = self.tensors[name]
+        first = info.start - info.start % mmap.ALLOCATIONGRANULARITY
+        whole = torch.frombuffer(self._mapped(first, info.end), dtype=torch.uint8)
+        return whole[info.start - first :].view(info.dtype).view(info.shape)
+
+    def _mapped(self, first: int, last: int) -> mmap.mmap:
+        """The bytes [first, last) of the file, private."""
+        with file_errors(self.path, "map"), self.path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < last:
+                raise FormatError(f"{self.path} became shorter since its header was read")
+            protection = mmap.PROT_READ | mmap.PROT_WRITE
+            return mmap.mmap(file.fileno(), last - first, flags=mmap.MAP_PRIVATE, prot=protection, offset=first)
 
 
 class SafetensorsWriter:

@@ -8,9 +8,8 @@ Shapes: B batch, L length, D hidden, h key–value heads, d head dimension, S po
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -31,13 +30,13 @@ from moekit.kernels.steps import (
     Weights,
     can_multiply,
 )
-from moekit.models.attention import Attention, AttentionInput
+from moekit.models.attention import Attention
 from moekit.models.blocks import DenseMLP, RMSNorm
 from moekit.models.cache import KVCache
 from moekit.models.rope import rotary_factors
-from moekit.moe import GroupedMLP, GroupedSwiGLU, Linear, MoE, Routing, SharedExperts, TopKRouter
+from moekit.models.step_token import Token, think_in_parts
+from moekit.moe import GroupedMLP, GroupedSwiGLU, Linear, MoE, SharedExperts, TopKRouter
 from moekit.moe.dispatch import LocalDispatcher
-from moekit.moe.replay import is_bound
 from moekit.moe.router import Router
 
 __all__ = ["DecoderSteps", "Token", "obstacle"]
@@ -93,6 +92,9 @@ class DecoderSteps:
             attention_step, mlp_step = attention.get(dtype), mlp.get(dtype)
             for token, angles_of in zip(tokens, angles, strict=True):
                 token.attend(block, attention_step, angles_of)
+            if mlp_step is not None and isinstance(block.mlp, MoE) and block.mlp.experts.residency is not None:
+                think_in_parts(tokens, block, mlp_step)
+                continue
             for token in tokens:
                 token.think(block, mlp_step)
 
@@ -113,70 +115,6 @@ class DecoderSteps:
             halves = [factor[0, 0, :, : config.head_dim // 2].to(dtype).float() for factor in factors]
             self._angles[key] = torch.stack(halves, dim=1).contiguous()
         return self._angles[key][position - first]
-
-
-class Token:
-    """The hidden state of one token on its way through the blocks: float32, rounded to the model's dtype.
-
-    Args:
-        x_BLD: (1, 1, D), as embedded.
-        cache: its sequence's past.
-        inputs: makes what a block's own forward takes beside x.
-
-    Attributes:
-        routings: one an MoE layer passed, in layer order.
-    """
-
-    def __init__(self, x_BLD: Tensor, cache: KVCache, inputs: Callable[[], AttentionInput]) -> None:
-        self.dtype, self.cache = x_BLD.dtype, cache
-        self.routings: list[Routing] = []
-        self._shape = x_BLD.shape
-        self._x_D = x_BLD.to(torch.float32, copy=True).flatten()
-        self._inputs = functools.cache(inputs)  # the same for all layers
-
-    def as_module_takes_it(self) -> Tensor:
-        """(1, 1, D) in the model's dtype."""
-        return self._x_D.to(self.dtype).view(self._shape)
-
-    def attend(self, block: Any, step: AttentionStep | None, angles: Callable[[], Tensor]) -> None:
-        """The attention of a block, in its step if it has one."""
-        if step is not None:
-            step(self._x_D, angles(), self.cache.room(block.attn.layer, 1), self.cache.length)
-            return
-        x_BLD = self.as_module_takes_it()
-        self._take(block.after_attention(x_BLD, block.attn(block.attn_norm(x_BLD), self._inputs())))
-
-    def think(self, block: Any, step: MLPStep | None) -> None:
-        """The MLP of a block; its routing, if any, joins `routings`. A router that the step does not know runs as a
-        module, and so does one whose decisions are being recorded or repeated."""
-        if step is not None and not isinstance(block.mlp, MoE):
-            step(self._x_D)
-            return
-        routing = self._think_in_modules(block) if step is None else self._route(block, step)
-        if routing is not None:
-            self.routings.append(routing)
-
-    def _route(self, block: Any, step: MLPStep) -> Routing:
-        if step.gate is not None and not is_bound():
-            logits_TE, ids_A, weights_A = step.route(self._x_D)
-            return Routing(_zeros(len(ids_A)), ids_A, weights_A, logits_TE, len(ids_A))
-        h_TD = block.mlp_norm(self.as_module_takes_it())[0]
-        routing: Routing = block.mlp.router(h_TD, None, self._inputs().ids_BL[0])
-        step.routed(self._x_D, routing.expert_ids_A, routing.weights_A)
-        return routing
-
-    def _think_in_modules(self, block: Any) -> Routing | None:
-        x_BLD, routing = self.as_module_takes_it(), None
-        y_BLD = block.mlp_norm(x_BLD)
-        if isinstance(block.mlp, MoE):
-            y_BLD, routing = block.mlp(y_BLD, None, self._inputs().ids_BL)
-        else:
-            y_BLD = block.mlp(y_BLD)
-        self._take(block.after_mlp(x_BLD, y_BLD))
-        return routing
-
-    def _take(self, x_BLD: Tensor) -> None:
-        self._x_D = x_BLD.float().flatten()
 
 
 class _Kept(Generic[StepT]):
@@ -276,6 +214,10 @@ def _experts(experts: Any, dtype: torch.dtype) -> ExpertWeights:
     if getattr(experts, "clamped", False):
         raise _NoStepError("the experts have limits")
     biases = [each if each is None else _plain(each, dtype) for each in (experts.in_bias, experts.down_bias)]
+    if experts.residency is not None:
+        if dtype != torch.float32:
+            raise _NoStepError("packed matrices multiply float32")
+        return ExpertWeights(*experts.residency.matrices, *biases)
     if isinstance(getattr(experts, "gate_up", None), Matrices):  # the packed kind
         first, second = ([_packed(each, dtype) for each in m.weights] for m in (experts.gate_up, experts.down))
         return ExpertWeights(first, second, *biases)
@@ -349,8 +291,3 @@ def _exactly(module: Any, *kinds: type) -> Any:
 
 class _NoStepError(Exception):
     """Why the modules must run."""
-
-
-@cache
-def _zeros(count: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.int64)

@@ -7,11 +7,16 @@ Shapes: R rows, D hidden, F inner width, G = 2F (gated: gate rows, then up rows)
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
 from moekit import kernels
 from moekit.config import MoEConfig
+from moekit.kernels.formats import Packed
 from moekit.moe.linear import Linear
 from moekit.moe.types import Routing
 from moekit.registry import Registry
@@ -24,6 +29,7 @@ __all__ = [
     "GroupedMLP",
     "GroupedSwiGLU",
     "MixedExperts",
+    "Residency",
     "SharedExperts",
 ]
 
@@ -31,8 +37,36 @@ SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
 EXPERTS: Registry[type[GroupedMLP | MixedExperts]] = Registry("expert kind")
 
 
+class Residency(Protocol):
+    """Experts that are not all in memory, and come when tokens need them: for whoever goes through them in parts."""
+
+    @property
+    def matrices(self) -> tuple[list[Packed], list[Packed]]:
+        """Every expert's matrices, first and second, without their bytes (on torch's meta device)."""
+        ...
+
+    def together(self, wanted: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """Cut tokens that want these experts into groups, in order, whose experts are in memory at once; by number."""
+        ...
+
+    def bring(self, experts: Collection[int]) -> AbstractContextManager[Iterator[list[tuple[int, int]]]]:
+        """Lists of (expert, address of its first byte): first those that are in memory, perhaps none, while the others
+        are on their way; then these as they come. All stay where they are until the context ends.
+
+        Raises:
+            FileError, FormatError: one cannot be read, or is damaged.
+        """
+        ...
+
+
 class Experts(nn.Module):
-    """What every kind offers beside the call itself."""
+    """What every kind offers beside the call itself.
+
+    Attributes:
+        residency: None where all are in memory.
+    """
+
+    residency: Residency | None = None
 
     def decode(self, x_TD: Tensor, routing: Routing) -> Tensor | None:
         """The result of dispatch, experts and combine for few tokens, without sorting them: (T, D) in x's dtype, no

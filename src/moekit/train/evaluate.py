@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,8 +18,8 @@ from torch.nn import functional as F
 
 from moekit.config import Autocast
 from moekit.kernels import fast_bf16
-from moekit.models.decoder import Decoder
-from moekit.train.data import Rows, TextTokenizer, find_files, tokenise
+from moekit.models.decoder import Decoder, Features
+from moekit.train.data import Batch, Rows, TextTokenizer, find_files, tokenise
 from moekit.train.loss import chunked_cross_entropy
 from moekit.train.monitor import RoutingMonitor
 
@@ -69,16 +70,23 @@ def perplexity(
     decoder.eval()
     with torch.inference_mode(), compute_context(decoder, autocast):
         for batch in rows.in_order(batch_size, max_rows):
-            features = decoder.features(batch.input_ids_BL, document_ids=batch.document_ids_BL)
+            if decoder.room is not None and not done:
+                decoder.room.rehearse(partial(_of_batch, decoder, batch, autocast))
+            features, nll = _of_batch(decoder, batch, autocast)
             monitor.update(features.routings)
-            total += _nll(decoder, features.hidden_BLD.flatten(0, 1), batch.labels_BL.flatten(), autocast)
+            total += nll
             tokens += batch.num_labels
             done += len(batch.input_ids_BL)
             if progress is not None:
                 progress(done, min(len(rows), max_rows or len(rows)))
     decoder.train(training)
-    nll = total / max(tokens, 1)
-    return Evaluation(math.exp(min(nll, 700.0)), nll, tokens, monitor)
+    mean = total / max(tokens, 1)
+    return Evaluation(math.exp(min(mean, 700.0)), mean, tokens, monitor)
+
+
+def _of_batch(decoder: Decoder, batch: Batch, autocast: Autocast) -> tuple[Features, float]:
+    features = decoder.features(batch.input_ids_BL, document_ids=batch.document_ids_BL)
+    return features, _nll(decoder, features.hidden_BLD.flatten(0, 1), batch.labels_BL.flatten(), autocast)
 
 
 def _nll(decoder: Decoder, hidden_ND: Tensor, labels_N: Tensor, autocast: Autocast) -> float:
