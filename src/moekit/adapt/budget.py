@@ -123,7 +123,7 @@ class MemoryBudget:
         with self._traffic.lock, self._traffic.rehearsal(cache.stride), peak_memory() as peak:
             work()
         with self._traffic.lock:
-            self._base = max(self._base, peak.value - self._conversations - cache.filled * cache.stride)
+            self._base = max(self._base, peak.value - self._conversations - len(cache) * cache.stride)
             self._divide()
 
     def settle(self) -> None:

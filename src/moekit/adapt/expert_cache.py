@@ -59,8 +59,7 @@ class _Entry:
     __slots__ = ("address", "key", "pending", "pins", "slot", "unused")
 
     def __init__(self, key: Key, slot: int, address: int) -> None:
-        self.key, self.slot, self.address = key, slot, address
-        self.pins = 0
+        self.key, self.slot, self.address, self.pins = key, slot, address, 0
         self.unused = False  # prefetched, and not taken so far
         self.pending: Pending | None = None
 
@@ -148,8 +147,7 @@ class ExpertCache:
         self._ending: dict[int, Pending] = {}  # free slots into which a read that was given up may still write
         self._pinned = 0
         self._uses: Counter[Key] = Counter()
-        self._turns: Counter[int] = Counter()
-        self._turn: set[Key] = set()
+        self._turns, self._turn = Counter[int](), set[Key]()
         self._hits = self._misses = self._useful = self._useless = 0
         self._waited = 0.0
 
@@ -248,18 +246,15 @@ class ExpertCache:
             for key in sorted(self._before.keys() | self._uses.keys())
         }
 
-    @property
-    def filled(self) -> int:
+    def __len__(self) -> int:
         """Slots that hold an expert, or will."""
         return len(self._entries)
 
     @property
     def stats(self) -> CacheStats:
         """So far; what the reader did is all it did, also for others."""
-        return CacheStats(
-            self._hits, self._misses, self._useful, self._useless, self._reader.bytes_read, self._waited,
-            self._reader.seconds,
-        )  # fmt: skip
+        counts, reader = (self._hits, self._misses, self._useful, self._useless), self._reader
+        return CacheStats(*counts, reader.bytes_read, self._waited, reader.seconds)
 
     def close(self) -> None:
         """Give up what is being read and give the memory back; nothing can be taken any more."""
