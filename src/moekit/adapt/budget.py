@@ -249,6 +249,8 @@ def _read_others(decoder: Decoder, file: SafetensorsFile, store: Store) -> None:
     experts = {f"layers.{layer}.mlp.experts.expert_{expert}" for layer, expert in store.extents}
     for name in file.tensors.keys() - experts:
         put_packed(decoder, name, file.map(name) if lookup and name == "embed.data" else store.read(name))
+    if lookup:  # the system kills whoever looks at mapped bytes of a file that was cut
+        decoder.embed.register_forward_pre_hook(lambda *_: store.check())
     decoder.eval()
 
 

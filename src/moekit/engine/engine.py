@@ -74,8 +74,12 @@ def load(
         raise UnsupportedError(f"dtype={dtype!r}: a quantised model computes in float32; leave dtype out")
     if packed and quant is not None:
         raise UnsupportedError(f"quant={quant!r}: {path} is packed already; quantise the model it was made of")
+    if memory is not None:
+        limit = parse_bytes(memory)
+        tokenizer = load_tokenizer(path)  # first, so that what it takes is measured with the rest
+        return Model(load_within(path, limit), tokenizer)
     if packed:
-        decoder = load_packed(path) if memory is None else load_within(path, parse_bytes(memory))
+        decoder = load_packed(path)
     elif quant is not None:
         decoder, _ = load_quantised(path, quant)
     else:
