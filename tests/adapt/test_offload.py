@@ -18,6 +18,7 @@ from moekit.adapt.budget import limit_for, load_within, slots_within
 from moekit.adapt.expert_policies import POLICIES
 from moekit.adapt.expert_probe import ReaderChoice
 from moekit.adapt.expert_reader import KINDS
+from moekit.adapt.offload import Foresight
 from moekit.config import AttentionConfig, ModelConfig, MoEConfig
 from moekit.engine.session import Session, append_each
 from moekit.errors import BudgetError, FormatError, UnsupportedError
@@ -312,3 +313,28 @@ def test_evaluation_leaves_itself_room_and_finds_the_same(speaking, tmp_path):
         )  # fmt: skip
     assert found[0].nll == found[1].nll
     assert found[0].routing.report() == found[1].routing.report()
+
+
+# ---- reading ahead --------------------------------------------------------------------------------------------------
+
+
+def test_reading_ahead_is_kept_only_where_tokens_come_sooner(monkeypatch):
+    for with_it, without, kept in ((0.08, 0.10, True), (0.10, 0.10, False), (0.12, 0.10, False)):
+        foresight, clock = Foresight(), [0.0]
+        monkeypatch.setattr("moekit.adapt.offload.time.perf_counter", lambda clock=clock: clock[0])
+        for token in range(Foresight.TURN * Foresight.TURNS):
+            foresight.tick()
+            clock[0] += 5.0 if token == 20 else with_it if foresight.on else without  # somebody paused once
+        assert foresight.on is kept
+        assert foresight.gain == pytest.approx(without / with_it)
+
+
+def test_what_the_next_router_wants_is_read_ahead_and_changes_no_number(packed, whole):
+    decoder = load(packed, 14)
+    decoder.room._traffic.foresight.on, decoder.room._traffic.foresight.gain = True, 2.0
+    assert torch.equal(conversation(decoder), conversation(whole))
+    assert decoder.room.stats.useful > 0
+    other = load(packed, 14)
+    other.room._traffic.foresight.gain = 1.0
+    conversation(other)
+    assert other.room.stats.useful == other.room.stats.useless == 0

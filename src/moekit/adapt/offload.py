@@ -9,7 +9,9 @@ Shapes: T tokens, K experts a token, R rows sorted by expert, D hidden, E expert
 from __future__ import annotations
 
 import ctypes
+import statistics
 import threading
+import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -38,12 +40,15 @@ class ExpertTraffic:
         cache: None while the model rehearses (`rehearsal`).
         most: experts that may be taken at once.
         token_bytes: of all the experts that a token passes, on average.
+        foresight: whether to read ahead.
+        first_layer: where a token begins.
     """
 
     def __init__(self, cache: ExpertCache | None = None) -> None:
         self.cache, self.lock = cache, threading.RLock()
         self.blank: Tensor | None = None
         self.token_bytes = 0.0
+        self.foresight, self.first_layer = Foresight(), -1
 
     @property
     def most(self) -> int:
@@ -62,6 +67,38 @@ class ExpertTraffic:
             yield
         finally:
             self.blank = None
+
+
+class Foresight:
+    """Whether reading ahead pays: tried for a few tokens at a time, in turn with not doing so, until it is clear.
+
+    Attributes:
+        on: whether to read ahead now.
+        gain: the time of a token without over that with; None while it is being tried.
+    """
+
+    TURN, TURNS, WORTH = 8, 6, 1.03
+
+    def __init__(self) -> None:
+        self.on = False
+        self.gain: float | None = None
+        self._took: dict[bool, list[float]] = {False: [], True: []}
+        self._last, self._count = 0.0, 0
+
+    def tick(self) -> None:
+        """Another token begins."""
+        if self.gain is not None:
+            return
+        now, self._count = time.perf_counter(), self._count + 1
+        if self._count % self.TURN > 1:  # the first of a turn has what the turn before left
+            self._took[self.on].append(now - self._last)
+        self._last = now
+        if self._count % self.TURN == 0:
+            self.on = not self.on
+        if self._count == self.TURN * self.TURNS:
+            without, with_it = (statistics.median(self._took[way]) for way in (False, True))
+            self.gain = without / with_it
+            self.on = self.gain > self.WORTH
 
 
 class _Wave(NamedTuple):
@@ -88,6 +125,8 @@ class OffloadedExperts(QuantExperts):
         nn.Module.__init__(self)
         self.__dict__.update({**like.__dict__, "_buffers": {}})
         self.layer, self.traffic = layer, traffic
+        if traffic.first_layer < 0:
+            traffic.first_layer = layer
         with torch.device("meta"):
             pairs = [self._over(e, torch.empty(sum(self._sizes(each)), dtype=torch.uint8))
                      for e, each in enumerate(self.formats)]  # fmt: skip
@@ -139,6 +178,15 @@ class OffloadedExperts(QuantExperts):
             )  # fmt: skip
         return out_TD.to(x_TD.dtype)
 
+    @property
+    def looks_ahead(self) -> bool:
+        """See `moe.experts.Residency`."""
+        return self.traffic.foresight.on and self.traffic.blank is None
+
+    def expect(self, experts: Collection[int]) -> None:
+        """See `moe.experts.Residency`."""
+        self.traffic.in_use.prefetch([(self.layer, expert) for expert in experts])
+
     def together(self, wanted: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """See `moe.experts.Residency`."""
         group: list[int] = []
@@ -158,6 +206,8 @@ class OffloadedExperts(QuantExperts):
         if self.traffic.blank is not None:
             yield iter([[(expert, self.traffic.blank.data_ptr()) for expert in experts]])
             return
+        if self.layer == self.traffic.first_layer:
+            self.traffic.foresight.tick()
         with self.traffic.lock, self._take(experts) as taken:
             yield self._arrivals(taken)
 

@@ -105,7 +105,8 @@ class _Step:
     def _parts(self, weight: Tensor | Packed, parts: int) -> list[Any]:
         """A matrix cut into `parts` of equal numbers of rows; a stack (E, O, I) is one long matrix."""
         data = weight.data if isinstance(weight, Packed) else weight
-        self._tensors.append(data)
+        if data.device.type != "meta":  # else it is told where they lie, by `place`
+            self._tensors.append(data)
         if isinstance(weight, Packed):
             form = weight.format
             kind = (KINDS[form.kind], form.group, form.symmetric)
@@ -285,6 +286,10 @@ class MLPStep(_Step):
         except ValueError as error:
             raise ConfigError(f"mlp step: {error}") from None
         return part
+
+    def guess(self, x_D: Tensor) -> list[int]:
+        """The experts that the gate would choose for x (D,) float32, which stays as it is."""
+        return self.begin(x_D).ids_A.tolist()
 
     def place(self, expert: int, address: int) -> None:
         """Where a packed expert lies now: its matrices one after the other, gate and up before down."""

@@ -101,9 +101,14 @@ class Token:
         self._x_D = x_BLD.float().flatten()
 
 
-def think_in_parts(tokens: Sequence[Token], block: Any, step: MLPStep) -> None:
+def think_in_parts(
+    tokens: Sequence[Token], block: Any, step: MLPStep, following: tuple[Residency, MLPStep] | None
+) -> None:
     """The MLP of a block for tokens whose experts come to memory one after another: each is fetched once for all of
-    them, and works on those that want it as soon as it is there. No number depends on the order."""
+    them, and works on those that want it as soon as it is there. No number depends on the order.
+
+    Where that pays, the next block's router is asked already now, about a lone token, which experts to read next.
+    """
     residency: Residency = block.mlp.experts.residency
     parts = [token.begin(block, step) for token in tokens]
     for group in residency.together([part.ids_A.tolist() for part in parts]):
@@ -112,6 +117,8 @@ def think_in_parts(tokens: Sequence[Token], block: Any, step: MLPStep) -> None:
             for slot, expert in enumerate(parts[number].ids_A.tolist()):
                 wanted.setdefault(expert, []).append((number, slot))
         with residency.bring(wanted) as arrivals:
+            if following is not None and len(tokens) == 1 and following[0].looks_ahead:
+                following[0].expect(following[1].guess(tokens[0]._x_D))
             for arrived in arrivals:
                 slots: dict[int, list[int]] = {number: [] for number in group}
                 for expert, address in arrived:

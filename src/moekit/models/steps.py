@@ -37,6 +37,7 @@ from moekit.models.rope import rotary_factors
 from moekit.models.step_token import Token, think_in_parts
 from moekit.moe import GroupedMLP, GroupedSwiGLU, Linear, MoE, SharedExperts, TopKRouter
 from moekit.moe.dispatch import LocalDispatcher
+from moekit.moe.experts import Residency
 from moekit.moe.router import Router
 
 __all__ = ["DecoderSteps", "Token", "obstacle"]
@@ -88,12 +89,13 @@ class DecoderSteps:
         is near for the others. No number depends on which other tokens there are."""
         dtype = tokens[0].dtype
         angles = [partial(self._angles_at, token.cache.length, config, dtype) for token in tokens]
-        for block, (attention, mlp) in zip(layers, self._of(layers), strict=True):
+        steps = self._of(layers)
+        for number, (block, (attention, mlp)) in enumerate(zip(layers, steps, strict=True)):
             attention_step, mlp_step = attention.get(dtype), mlp.get(dtype)
             for token, angles_of in zip(tokens, angles, strict=True):
                 token.attend(block, attention_step, angles_of)
             if mlp_step is not None and isinstance(block.mlp, MoE) and block.mlp.experts.residency is not None:
-                think_in_parts(tokens, block, mlp_step)
+                think_in_parts(tokens, block, mlp_step, _next(steps[number + 1 : number + 2], dtype))
                 continue
             for token in tokens:
                 token.think(block, mlp_step)
@@ -115,6 +117,16 @@ class DecoderSteps:
             halves = [factor[0, 0, :, : config.head_dim // 2].to(dtype).float() for factor in factors]
             self._angles[key] = torch.stack(halves, dim=1).contiguous()
         return self._angles[key][position - first]
+
+
+def _next(steps: Sequence[tuple[Any, _Kept[MLPStep]]], dtype: torch.dtype) -> tuple[Residency, MLPStep] | None:
+    """Where the next block's experts are, and the step that can guess which a token will take."""
+    for _, kept in steps:
+        step = kept.get(dtype)
+        if step is not None and step.gate is not None and isinstance(kept.block.mlp, MoE):
+            residency = kept.block.mlp.experts.residency
+            return None if residency is None else (residency, step)
+    return None
 
 
 class _Kept(Generic[StepT]):

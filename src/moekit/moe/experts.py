@@ -45,6 +45,15 @@ class Residency(Protocol):
         """Every expert's matrices, first and second, without their bytes (on torch's meta device)."""
         ...
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether `expect` is worth asking the router early."""
+        ...
+
+    def expect(self, experts: Collection[int]) -> None:
+        """Begin to read what the next token may want, after all that somebody waits for."""
+        ...
+
     def together(self, wanted: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Cut tokens that want these experts into groups, in order, whose experts are in memory at once; by number."""
         ...
