@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import random
 import re
@@ -14,7 +15,7 @@ import torch
 import moekit
 from moekit import machine
 from moekit.adapt import load_packed, quantise, save_packed
-from moekit.adapt.budget import limit_for, load_within, slots_within
+from moekit.adapt.budget import MemoryBudget, limit_for, load_within, slots_within
 from moekit.adapt.expert_policies import POLICIES
 from moekit.adapt.expert_probe import ReaderChoice
 from moekit.adapt.expert_reader import KINDS
@@ -338,3 +339,13 @@ def test_what_the_next_router_wants_is_read_ahead_and_changes_no_number(packed, 
     other.room._traffic.foresight.gain = 1.0
     conversation(other)
     assert other.room.stats.useful == other.room.stats.useless == 0
+
+
+def test_a_disk_that_was_busy_when_it_was_tried_is_tried_again(packed, monkeypatch):
+    decoder, choice = load(packed, 20), ReaderChoice("cached", threads=2, chunk=8192, gb_s=7.0)
+    monkeypatch.setattr("moekit.adapt.budget.probe", lambda store, again: choice)
+    for seconds, found in ((3.0, 1.0), (2.0, 7.0)):  # 5 GB: less than twice what the probe said, and more
+        stats = dataclasses.replace(decoder.room.stats, bytes_read=5 * 10**9, read_seconds=seconds)
+        monkeypatch.setattr(MemoryBudget, "stats", stats)
+        decoder.room.settle()
+        assert decoder.room.report.reader.gb_s == found

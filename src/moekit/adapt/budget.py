@@ -137,6 +137,10 @@ class MemoryBudget:
             with self._traffic.lock:
                 self._base += above
                 self._divide()
+        stats, cache = self.stats, self._traffic.in_use
+        if stats.read_seconds > 1 and stats.bytes_read > 2e9 * self._reader.gb_s * stats.read_seconds:
+            with self._traffic.lock:  # the disk was busy with something else when it was tried
+                self._reader = probe(cache.store, again=True)
 
     @property
     def stats(self) -> CacheStats:
