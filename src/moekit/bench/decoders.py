@@ -14,7 +14,10 @@ from pathlib import Path
 import torch
 
 from moekit.adapt.packed_folder import load_packed, save_packed
+from moekit.adapt.packing import write_packed
+from moekit.adapt.quant import Recipe
 from moekit.adapt.quant_stream import load_quantised
+from moekit.adapt.random_weights import RandomWeights
 from moekit.config import ModelConfig, MoEConfig
 from moekit.errors import FileError
 from moekit.models.decoder import Decoder
@@ -94,6 +97,26 @@ class ModelFiles:
             decoder = self.packed(format)
             self._tell(f"writing {path.name} for llama.cpp")
             written = write_gguf(decoder, path, GGUF_TYPES[format], vocabulary="q8_0")
+            assert not written.rounded_twice, written.rounded_twice
+        return path
+
+    def random_packed(self) -> Path:
+        """The folder of other random weights, drawn in int4, the vocabulary's matrices in int8: chosen so that tokens
+        choose experts about equally often (adapt/random_weights.py)."""
+        folder = self.folder / "random-int4"
+        if not folder.exists():
+            self._tell("drawing packed random weights")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_packed(RandomWeights(self.config, Recipe.of("int4", "int8")), folder)
+        return folder
+
+    def random_gguf(self) -> Path:
+        """Their codes as a GGUF file."""
+        path = self.folder / "random-int4.gguf"
+        if not path.exists():
+            decoder = load_packed(self.random_packed())
+            self._tell(f"writing {path.name} for llama.cpp")
+            written = write_gguf(decoder, path, "q4_0", vocabulary="q8_0")
             assert not written.rounded_twice, written.rounded_twice
         return path
 

@@ -17,17 +17,18 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from moekit.bench import GenerationRow, Row
+    from moekit.bench.budget import BudgetResult
 
-Case = Literal["limits", "layer", "experts", "prefill", "decode"]
-CASES: tuple[Case, ...] = ("limits", "layer", "experts", "prefill", "decode")
+Case = Literal["limits", "layer", "experts", "prefill", "decode", "budget"]
+CASES: tuple[Case, ...] = ("limits", "layer", "experts", "prefill", "decode", "budget")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Measure a layer and a whole decoder beside transformers, llama.cpp and the machine's limits; medians, ratios."""
+    """Measure layers and decoders beside transformers, llama.cpp and the machine's limits; medians, ratios."""
 
     cases: Annotated[tuple[Case, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CASES")] = CASES
-    """limits, layer, experts, prefill, decode; all of them when none is named."""
+    """limits, layer, experts, prefill, decode, budget; all of them when none is named."""
     fast: bool = False
     """The first shape of the layer only; one layer of the decoder, and fewer rounds."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -37,7 +38,9 @@ class Options:
     formats: tuple[Literal["int4", "int8", "bf16"], ...] = ("int4", "int8", "bf16")
     """Of the decoder."""
     cache: Path | None = None
-    """Folder that keeps the decoder's files (19 GB; 3 with --fast) for the next run; else they are removed."""
+    """Folder that keeps the decoder's files (23 GB; 4 with --fast) for the next run; else they are removed."""
+    trace: Path | None = None
+    """Of budget: a routing that `moekit inspect MODEL --text FILE --save-trace` kept, for the cache policies too."""
     plot: Path | None = None
     """PNG with a bar a row."""
     write: Path | None = None
@@ -65,8 +68,9 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     rows = _layers(options, console) if "layer" in options.cases else []
     rows += _experts(options, console) if "experts" in options.cases else []
     generation = _generation(options, limits, console) if {"prefill", "decode"} & {*options.cases} else []
+    found = _budget(options, console) if "budget" in options.cases else None
     if options.plot is not None:
-        _plot(rows, generation, options.plot)
+        _plot(rows, generation, found, options.plot)
     if options.write is not None:
         text = console.export_text()
         options.write.parent.mkdir(parents=True, exist_ok=True)
@@ -76,6 +80,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
         "limits": limits,
         "rows": [dataclasses.asdict(row) for row in rows],
         "generation": [dataclasses.asdict(row) for row in generation],
+        **({} if found is None else dataclasses.asdict(found)),
     }
 
 
@@ -130,6 +135,12 @@ def _generation(options: Options, limits: dict[str, float], console: Console) ->
     return rows
 
 
+def _budget(options: Options, console: Console) -> BudgetResult:
+    from moekit.commands.bench_budget import run_budget
+
+    return run_budget(options.cache, options.trace, options.fast, console)
+
+
 def _print_layer(rows: list[Row], relative: str, console: Console) -> None:
     from rich.table import Table
 
@@ -172,15 +183,16 @@ def _print_generation(rows: list[GenerationRow], layers: int, prompt: int, conso
         console.print(f"KL of the next token from moekit's: {', '.join(distances.values())}", soft_wrap=True)
 
 
-def _plot(rows: list[Row], generation: list[GenerationRow], path: Path) -> None:
+def _plot(rows: list[Row], generation: list[GenerationRow], found: BudgetResult | None, path: Path) -> None:
     from moekit.bench.plot import draw
+    from moekit.commands.bench_budget import curve_bars
 
     bars: dict[str, list[tuple[str, float]]] = {}
     for row in rows:
         bars.setdefault(f"{row.what}: GFLOP/s", []).append((row.contender, row.gflops))
     for line in generation:
         bars.setdefault(f"{line.case} {line.format}: tokens/s", []).append((line.contender, line.tokens_per_second))
-    draw(bars, path, "more is better")
+    draw(bars | ({} if found is None else curve_bars(found)), path, "more is better")
 
 
 def _markdown(options: Options, text: str) -> str:
