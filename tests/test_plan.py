@@ -20,6 +20,7 @@ from moekit.plan import (
     flops_per_token,
     kv_cache_bytes,
     kv_cache_bytes_read,
+    offload,
     parameters,
     part_bytes,
     prefill_bound,
@@ -196,6 +197,27 @@ def test_bounds_by_hand():
     matrices = 49_152 * 576 + 30 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 576 * 1536)
     work = 2 * matrices + 4 * 50 * 9 * 64 * 30
     assert prefill_bound(SMOLLM2_135M, 1e9, 100) == pytest.approx(1e9 / work)
+
+
+def test_experts_on_disk_by_hand():
+    sizes = part_bytes(QWEN3_30B_A3B, "int4")
+    expert = 3 * 2048 * 768 * 9 // 16  # 4 bits, and 16 for 32 of them
+    stride = -(-expert // 4096) * 4096
+    assert sizes.stored["experts"] == 48 * 128 * expert
+    cache = 4096 * 2 * 48 * 4 * 128 * 2
+    rest = sum(sizes.stored[part] for part in ("attention", "router", "norms", "head"))  # the embedding is looked up
+    taken = (400 << 20) + rest + cache
+    memory = 8_000_000_000
+    found = offload(QWEN3_30B_A3B, sizes, memory, 4096, bandwidth=10e9, disk=2e9)
+    assert found.base == taken - cache
+    assert found.slots == (int(0.99 * memory) - (16 << 20) - taken) // stride
+    missed = (1 - found.slots / 6144) * 48 * 8 * expert
+    assert found.missed_bytes == pytest.approx(missed)
+    seconds = (sizes.per_token + cache) / 10e9 + missed / 2e9
+    assert found.tokens_per_second == pytest.approx(1 / seconds)
+    assert offload(QWEN3_30B_A3B, sizes, memory, 4096, 10e9, None).tokens_per_second is None
+    assert offload(QWEN3_30B_A3B, sizes, found.least, 4096, 10e9, 2e9).slots == 8
+    assert offload(QWEN3_30B_A3B, sizes, found.least - 2, 4096, 10e9, 2e9).slots == 0
 
 
 def test_windows_and_latent_vectors_in_the_cache():

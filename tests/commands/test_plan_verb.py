@@ -9,6 +9,7 @@ import pytest
 import moekit
 from moekit.cli import main
 from moekit.commands import plan
+from moekit.plan.memory import PROCESS
 
 LIMITS = {"read": 1e9, "float32": 1e9, "bfloat16": 2e9, "int8": 4e9}
 
@@ -40,11 +41,41 @@ def test_what_does_not_fit_is_said(folders, capsys):
     assert result["fits"]["bfloat16"] is True
     assert result["decode_tokens_per_second_at_most"]["float32"] is None
     assert result["decode_tokens_per_second_at_most"]["bfloat16"] < 1e9 / cache
-    assert main([*args, "--memory", "80KiB", "--quant", "bfloat16", "--json"]) == 0
+
+
+def test_experts_on_disk(folders, capsys):
+    args = ["plan", str(folders / "moe"), "--context", "100", "--quant", "int4", "--json"]
+
+    def offload(*more):
+        assert main([*args, *more]) == 0
+        result = json.loads(capsys.readouterr().out)
+        return result, result["offload"]["int4"]
+
+    result, figures = offload("--memory", "150kB")
+    assert figures["slots"] == 0
+    assert figures["tokens_per_second"] is None
+    assert figures["least"] > figures["base"] > PROCESS
+    result, figures = offload("--memory", f"{figures['least'] // 1024 + 1}KiB")
+    assert (figures["slots"], figures["total_slots"], figures["hit_rate"]) == (2, 8, 0.25)
+    assert (result["disk_gb_s"], figures["tokens_per_second"]) == (None, None)
+    memory = f"{result['memory_bytes'] // 1024}KiB"
+    result, figures = offload("--memory", memory, "--disk-gb-s", "0.5")
+    in_memory = 1 / result["decode_tokens_per_second_at_most"]["int4"]
+    assert figures["missed_bytes"] == 0.75 * result["part_bytes"]["int4"]["experts"] / 2  # 2 of 4 work
+    assert figures["tokens_per_second"] == pytest.approx(1 / (in_memory + figures["missed_bytes"] / 0.5e9))
+    assert offload("--memory", "2GB")[1]["hit_rate"] == 1
+    assert main([*args[:-1], "--memory", memory, "--disk-gb-s", "0.5"]) == 0
+    assert "int4, experts on disk: 2 of 8 in memory beside" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_packed_folder_is_read_to_measure_its_disk(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert main(["pack", str(folders / "moe"), str(tmp_path / "packed"), "--quant", "int4"]) == 0
+    capsys.readouterr()
+    assert main(["plan", str(tmp_path / "packed"), "--quant", "int4", "--memory", "430MiB", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    experts = result["part_bytes"]["bfloat16"]["experts"]
-    room = 80 * 1024 - cache - (result["weight_bytes"]["bfloat16"] - experts)
-    assert result["experts_that_fit"] == {"bfloat16": max(0.0, room / experts)}
+    assert result["disk_gb_s"] > 0
+    assert result["offload"]["int4"]["tokens_per_second"] > 0
 
 
 def test_one_format(folders, capsys):
@@ -113,6 +144,7 @@ def test_mistakes_are_one_line(folders, capsys, tmp_path):
         ([moe, "--context", "0"], "context must be at least 1, not 0"),
         ([moe, "--memory", "much"], "a size is written 16GB, 900MB or 16GiB, not 'much'"),
         ([moe, "--quant", "int5"], "unknown format 'int5'"),
+        ([moe, "--disk-gb-s", "0"], "disk_gb_s must be above 0"),
         ([moe, "--tokens", "0"], "tokens must be above 0"),
         ([moe, "--price-per-hour", "1"], "give --tokens too"),
     ):

@@ -24,6 +24,7 @@ from moekit.adapt.packed_folder import empty_packed, put_packed
 from moekit.adapt.quant import replace_modules
 from moekit.adapt.quant_modules import QuantEmbedding, QuantExperts
 from moekit.adapt.store import Store
+from moekit.config import MoEConfig
 from moekit.errors import BudgetError, UnsupportedError
 from moekit.machine import peak_memory, readable_bytes, resident_memory
 from moekit.models.cache import KVCache
@@ -187,6 +188,11 @@ def limit_for(taken: int, slots: int, stride: int) -> int:
     return int((taken + slots * stride + _SPARE) / (1 - _SPARE_SHARE)) + 1
 
 
+def most_taken(moe: MoEConfig) -> int:
+    """Experts of a layer that one token may take."""
+    return moe.num_experts if moe.router in ("top_p", "expert_choice") else moe.top_k
+
+
 def load_within(
     folder: str | os.PathLike[str],
     limit: int,
@@ -261,8 +267,7 @@ def _read_others(decoder: Decoder, file: SafetensorsFile, store: Store) -> None:
 def _taken(decoder: Decoder, experts: OffloadedExperts) -> int:
     """Experts that one token may take."""
     assert decoder.config.moe is not None
-    moe = decoder.config.moe.for_layer(experts.layer)
-    return moe.num_experts if moe.router in ("top_p", "expert_choice") else moe.top_k
+    return most_taken(decoder.config.moe.for_layer(experts.layer))
 
 
 @torch.inference_mode()

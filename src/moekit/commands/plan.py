@@ -36,6 +36,8 @@ class Options:
     """One format to plan for, as in `moekit pack` (int4-g64-asym), float32 or bfloat16; the usual ones unless given."""
     context: int = 4096
     """Positions a conversation may hold, for the cache's memory and the work of attention."""
+    disk_gb_s: float | None = None
+    """10⁹ bytes a second that experts come from disk at; of a packed folder's disk as measured unless given."""
     tokens: float | None = None
     """Tokens to train on (2e12), for the cost of training."""
     flops_per_second: float | None = None
@@ -73,7 +75,10 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     if isinstance(config, ModelConfig):
         with console.status("measuring this machine"):
             limits = _limits()
-        result |= _run_figures(config, sizes, memory, min(options.context, config.max_position_embeddings), limits)
+            disk = _disk_rate(options, config)
+        context = min(options.context, config.max_position_embeddings)
+        result |= _run_figures(config, sizes, memory, context, limits)
+        result |= {"disk_gb_s": disk and disk / 1e9, "offload": _offload(config, sizes, result, disk)}
         result["advice"] = _advice(config, options.quant or ADVISED, options.tokens, result)
         result |= _training(config, options, limits)
     else:
@@ -85,7 +90,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
 def _check(options: Options) -> None:
     if options.context < 1:
         raise ConfigError(f"context must be at least 1, not {options.context}")
-    for name in ("tokens", "flops_per_second", "price_per_hour"):
+    for name in ("disk_gb_s", "tokens", "flops_per_second", "price_per_hour"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise ConfigError(f"{name} must be above 0, not {value}")
@@ -131,7 +136,6 @@ def _run_figures(
 
     cache = {each.format: kv_cache_bytes(config, context, each.cache_value) for each in sizes}
     fits = {each.format: each.total + cache[each.format] <= memory for each in sizes}
-    room = {each.format: memory - cache[each.format] - each.total + each.stored["experts"] for each in sizes}
     return {
         "context": context,
         "flops_per_token": flops_per_token(config),
@@ -142,11 +146,6 @@ def _run_figures(
         "kv_cache_bytes": cache,
         "bytes_read_per_token": {each.format: each.per_token for each in sizes},
         "fits": fits,
-        "experts_that_fit": {
-            each.format: max(0.0, min(1.0, room[each.format] / each.stored["experts"]))
-            for each in sizes
-            if each.stored["experts"]
-        },
         "measured": dict(limits),
         "decode_tokens_per_second_at_most": {
             each.format: decode_bound(config, each, limits["read"], context) if fits[each.format] else None
@@ -157,6 +156,36 @@ def _run_figures(
             for each in sizes
         },
     }
+
+
+def _disk_rate(options: Options, config: ModelConfig) -> float | None:
+    """Bytes a second: as given, or as measured where there are experts to read."""
+    if options.disk_gb_s is not None:
+        return options.disk_gb_s * 1e9
+    from moekit.adapt.expert_probe import probe
+    from moekit.adapt.store import Store
+    from moekit.models.archs import is_packed
+
+    if config.moe is None or not is_packed(options.model):
+        return None
+    return 1e9 * probe(Store(options.model)).gb_s
+
+
+def _offload(
+    config: ModelConfig, sizes: list[PartBytes], result: Mapping[str, Any], disk: float | None
+) -> dict[str, Any]:
+    """Each packed format within the memory as a budget of the whole process."""
+    from moekit.plan import offload
+
+    if config.moe is None:
+        return {}
+    memory, context, bandwidth = result["memory_bytes"], result["context"], result["measured"]["read"]
+    found = {
+        each.format: offload(config, each, memory, context, bandwidth, disk)
+        for each in sizes
+        if each.packed and each.stored["experts"]
+    }
+    return {format: {**dataclasses.asdict(each), "hit_rate": each.hit_rate} for format, each in found.items()}
 
 
 def _rate(limits: Mapping[str, float], format: str) -> float:

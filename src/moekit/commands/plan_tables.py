@@ -88,9 +88,9 @@ def _print_work(config: ModelConfig, result: Mapping[str, Any], console: Console
         f"Bounds, not promises: reading memory at {limits['read'] / 1e9:.0f} GB/s, products at {products} GFLOP/s, "
         "measured just now, beside whatever else runs here."
     )
-    for format, share in result["experts_that_fit"].items():
-        if not result["fits"][format] and share:
-            console.print(f"{format}: everything but the experts fits, and {share:.0%} of these.", highlight=False)
+    for format, figures in result["offload"].items():
+        if figures["slots"] < figures["total_slots"]:
+            console.print(f"{format}, experts on disk: {_offload(figures, result['disk_gb_s'])}.", highlight=False)
     kept, read = (result[f"kv_cache_bytes{read}_per_1000_tokens"] for read in ("", "_read"))
     windows = f", of which windows leave {readable_bytes(read)} to be read" if read < kept else ""
     console.print(f"Cache: {readable_bytes(kept)} for 1,000 tokens (16-bit){windows}.")
@@ -101,6 +101,16 @@ def _print_work(config: ModelConfig, result: Mapping[str, Any], console: Console
     _print_advice(result["advice"], console)
     if result["training"] is not None:
         _print_training(result["training"], console)
+
+
+def _offload(figures: Mapping[str, Any], disk: float | None) -> str:
+    if not figures["slots"]:
+        return f"{readable_bytes(figures['least'])} is the least for the whole process"
+    kept = f"{figures['slots']:,} of {figures['total_slots']:,} in memory beside {readable_bytes(figures['base'])}"
+    missed = f"{readable_bytes(figures['missed_bytes'])} a token missed"
+    if disk is None:
+        return f"{kept}, {missed} (--disk-gb-s says how fast these come)"
+    return f"{kept}, {missed}: about {figures['tokens_per_second']:.1f} tok/s with a disk of {disk:.1f} GB/s"
 
 
 def _print_advice(advice: Mapping[str, Any], console: Console) -> None:

@@ -9,7 +9,7 @@ from moekit.plan.count import (
     parameters,
     training_flops,
 )
-from moekit.plan.memory import FORMATS, PartBytes, decode_bound, part_bytes, prefill_bound
+from moekit.plan.memory import FORMATS, Offload, PartBytes, decode_bound, offload, part_bytes, prefill_bound
 from moekit.plan.published import Published, find, published
 from moekit.plan.switch import SwitchConfig
 
@@ -17,6 +17,7 @@ __all__ = [
     "FORMATS",
     "Advice",
     "Case",
+    "Offload",
     "ParameterCount",
     "PartBytes",
     "Published",
@@ -27,6 +28,7 @@ __all__ = [
     "flops_per_token",
     "kv_cache_bytes",
     "kv_cache_bytes_read",
+    "offload",
     "parameters",
     "part_bytes",
     "prefill_bound",

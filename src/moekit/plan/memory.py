@@ -6,15 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moekit.config import ModelConfig
-from moekit.plan.count import flops_per_token, kv_cache_bytes_read
+from moekit.plan.count import flops_per_token, kv_cache_bytes, kv_cache_bytes_read
 from moekit.plan.tensors import PARTS, AnyConfig, Weights, weights
 
-__all__ = ["FORMATS", "PartBytes", "decode_bound", "part_bytes", "prefill_bound"]
+__all__ = ["FORMATS", "Offload", "PartBytes", "decode_bound", "offload", "part_bytes", "prefill_bound"]
 
 PLAIN = {"float32": 4, "bfloat16": 2}
 FORMATS = (*PLAIN, "int8", "int4", "nf4", "mxfp4")
 HEAD = "int8"
 """What `moekit pack` stores embedding and head in."""
+
+PROCESS = 400 << 20
+"""Bytes of a process beside weights, experts and cache: Python, its libraries, a tokenizer and the work of a prompt.
+What one with SmolLM2 measured of itself (docs/budget.md: 429 MiB, 29 of them weights); wide models take more."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,11 @@ class PartBytes:
     @property
     def per_token(self) -> int:
         return sum(self.read.values())
+
+    @property
+    def packed(self) -> bool:
+        """Whether `moekit pack` writes it."""
+        return self.format not in PLAIN
 
     @property
     def cache_value(self) -> int:
@@ -61,6 +70,58 @@ def part_bytes(config: AnyConfig, format: str) -> PartBytes:
 def decode_bound(config: ModelConfig, sizes: PartBytes, bandwidth: float, context: int) -> float:
     """Tokens a second that no program can pass: `bandwidth` over the bytes that a token must read, weights and past."""
     return bandwidth / (sizes.per_token + kv_cache_bytes_read(config, context, sizes.cache_value))
+
+
+@dataclass(frozen=True)
+class Offload:
+    """What a budget gives a packed model whose experts stay on disk, as `moekit.adapt.budget` divides it.
+
+    Attributes:
+        base: bytes of the process without experts and cache.
+        slots, total_slots: experts that have room (none in a budget below `least`), and all there are.
+        least: the budget without which nothing works.
+        missed_bytes: that a token waits for, if routing prefers no expert.
+        tokens_per_second: predicted; None where there are no slots, or bytes are missed and no rate is given.
+    """
+
+    base: int
+    slots: int
+    total_slots: int
+    least: int
+    missed_bytes: float
+    tokens_per_second: float | None
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of experts that have room."""
+        return self.slots / self.total_slots
+
+
+def offload(
+    config: ModelConfig, sizes: PartBytes, memory: int, context: int, bandwidth: float, disk: float | None
+) -> Offload:
+    """Experts on disk, `memory` for the whole process: a token reads its bytes from memory, and before that from disk
+    those of the experts that are missing. `bandwidth` and `disk` in bytes a second. A prediction, not a bound: reading
+    and computing overlap, routing prefers experts, and computing takes longer than reading memory.
+
+    An embedding that is not the head too stays in the file as well: only rows of it are looked up.
+    """
+    from moekit.adapt.budget import limit_for, most_taken, slots_within  # import torch
+    from moekit.adapt.quant_modules import PAGE
+
+    assert config.moe is not None
+    total = len(config.moe_layers) * config.moe.num_experts
+    stride = -(-sizes.stored["experts"] // (total * PAGE)) * PAGE
+    mapped = 0 if config.tie_word_embeddings else sizes.stored["embedding"]
+    base = PROCESS + sizes.total - sizes.stored["experts"] - mapped
+    taken = base + kv_cache_bytes(config, context, sizes.cache_value)
+    least = limit_for(taken, max(2, most_taken(config.moe)), stride)
+    slots = 0 if memory < least else min(total, slots_within(memory, taken, stride))
+    missed = (1 - slots / total) * sizes.read["experts"]
+    speed = None
+    if slots and (disk is not None or not missed):
+        speed = 1 / (1 / decode_bound(config, sizes, bandwidth, context) + (missed / disk if disk else 0))
+    return Offload(base, slots, total, least, missed, speed)
 
 
 def prefill_bound(config: ModelConfig, rate: float, prompt: int) -> float:
