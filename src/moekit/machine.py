@@ -20,6 +20,7 @@ __all__ = [
     "processor",
     "readable_bytes",
     "resident_memory",
+    "return_freed_memory",
     "total_memory",
 ]
 
@@ -84,6 +85,18 @@ def peak_memory() -> Iterator[Peak]:
     peak = Peak()
     yield peak
     peak.value = _own_status("VmHWM")
+
+
+def return_freed_memory() -> None:
+    """From now on blocks of 1 MiB and more go back to the system when they are freed, for the rest of the process.
+
+    glibc raises that size by itself to the largest block that was freed, and then keeps holes between small blocks.
+    With another C library nothing is changed.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        import ctypes
+
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD, see mallopt(3)
 
 
 def _own_status(field: str) -> int:

@@ -219,6 +219,26 @@ def test_the_tokenizer_counts(packed, monkeypatch):
     assert moekit.load(packed, memory=limit).budget.report.base >= base + (56 << 20)
 
 
+HOLES = """
+from moekit.machine import resident_memory, return_freed_memory
+return_freed_memory()
+before, kept = resident_memory(), []
+for _ in range(4):  # each is freed above blocks that stay, after a larger one was
+    big, blocks = bytearray(b"x") * (24 << 20), []
+    del big
+    for _ in range(16):
+        blocks.append(bytearray(b"x") * (8 << 20))
+        kept.append(bytearray(b"x") * 100_000)
+    del blocks
+print(resident_memory() - before)
+"""
+
+
+def test_freed_memory_goes_back_to_the_system():
+    result = subprocess.run([sys.executable, "-c", HOLES], check=True, capture_output=True, text=True)
+    assert int(result.stdout) < 16 << 20  # of which 6 are kept
+
+
 CHILD = """
 import re, sys
 from moekit.cli import main

@@ -26,7 +26,7 @@ from moekit.adapt.quant_modules import QuantEmbedding, QuantExperts
 from moekit.adapt.store import Store
 from moekit.config import MoEConfig
 from moekit.errors import BudgetError, UnsupportedError
-from moekit.machine import peak_memory, readable_bytes, resident_memory
+from moekit.machine import peak_memory, readable_bytes, resident_memory, return_freed_memory
 from moekit.models.cache import KVCache
 from moekit.models.decoder import Decoder
 from moekit.models.safetensors_file import SafetensorsFile
@@ -212,6 +212,7 @@ def load_within(
         UnsupportedError: the model has no experts.
         FileError, FormatError: as `load_packed` has it.
     """
+    return_freed_memory()
     decoder, file = empty_packed(folder)
     traffic = ExpertTraffic()
     found: dict[nn.Module, OffloadedExperts] = {
