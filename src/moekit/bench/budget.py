@@ -48,7 +48,8 @@ class BudgetResult:
         tokens_per_second: of each contender, "cold" and "warm".
         ratio_to_llama_cpp_mmap: the lower of the two ratios; None where llama.cpp was not run.
         tokens_identical: with those of a run with all experts in memory.
-        llama_cpp_same_tokens: the share of llama.cpp's steps that choose the same token; it rounds otherwise.
+        llama_cpp_correlation: of its logits after the first token with ours: it rounds otherwise, and where random
+            routers nearly tie, it may take other experts.
         curve: over shares of the experts, for random routing and for the trace that was given.
         more: (bytes more than the limit, tokens per second).
         prompt_reads_per_expert: of the experts that a prompt needs at a quarter, how often each was read.
@@ -70,7 +71,7 @@ class BudgetResult:
     tokens_per_second: dict[str, dict[str, float]]
     ratio_to_llama_cpp_mmap: float | None
     tokens_identical: bool
-    llama_cpp_same_tokens: float | None
+    llama_cpp_correlation: float | None
     curve: list[CurvePoint]
     more: list[tuple[int, float]]
     prompt_reads_per_expert: float
@@ -165,7 +166,7 @@ def _result(
         tokens_per_second=speeds,
         ratio_to_llama_cpp_mmap=None if peer is None else ratio(speeds[_OURS], speeds[_PEER]),
         tokens_identical=ours["best"] == whole["best"][: len(ours["best"])],
-        llama_cpp_same_tokens=None if peer is None else _same(peer["best"], whole["best"]),
+        llama_cpp_correlation=None if peer is None else statistics.correlation(peer["logits"], whole["logits"]),
         curve=points,
         more=[(round((each.slots - ours["slots"]) * size), speed) for each, speed in measured if speed is not None],
         prompt_reads_per_expert=quarter["prompt_reads"] / quarter["prompt_experts"],
@@ -182,10 +183,6 @@ def _measured(runs: BudgetRuns, point: CurvePoint) -> float:
 def _speeds(seconds: Sequence[float], cold: int) -> dict[str, float]:
     """Tokens a second of the first `cold`, and of the others."""
     return {"cold": 1 / statistics.mean(seconds[:cold]), "warm": 1 / statistics.mean(seconds[cold:])}
-
-
-def _same(some: Sequence[int], others: Sequence[int]) -> float:
-    return statistics.mean(one == other for one, other in zip(some, others, strict=False))
 
 
 def _as_steps(trace: Sequence[Sequence[Sequence[int]]]) -> list[list[Key]]:

@@ -63,19 +63,27 @@ def alone(
 
 
 def llama_cpp(path: str, ids: list[int], threads: int) -> dict[str, Any]:
-    """The same steps in llama.cpp, which maps the file; its weights stay as they are in it."""
+    """The same steps in llama.cpp, which maps the file; its weights stay as they are. `logits` follow the first."""
     drop_from_cache(path)
     with LlamaCpp(path, threads=threads, context=max(64, len(ids)), repack=False) as model:
         steps = _steps(lambda token: int(model.feed([token]).argmax()), ids)
-        return {"seconds": [took for took, _ in steps], "best": [best for _, best in steps]}
+        model.clear()
+        logits_V = model.feed(ids[:1]).tolist()
+    return {"seconds": [took for took, _ in steps], "logits": logits_V}
 
 
 def whole(folder: str, ids: list[int]) -> dict[str, Any]:
-    """The same steps with all experts in memory, and `trace`: for each step and MoE layer its experts."""
+    """The same steps with all experts in memory, `logits` after the first, and `trace`: for each step and MoE layer its
+    experts."""
+    with (Path(folder) / PACKED_WEIGHTS).open("rb") as file:
+        while file.read(1 << 24):  # in order, into the system's cache: pages one by one would take far longer
+            pass
     session = Session(load_packed(folder))
     steps = _steps(lambda token: int(session.append([token]).argmax()), ids)
     trace = [[routing.expert_ids_TK[0].tolist() for routing in step] for step in session.take_routings()]
-    return {"seconds": [took for took, _ in steps], "best": [best for _, best in steps], "trace": trace}
+    logits_V = Session(session.decoder).append(ids[:1]).tolist()
+    seconds, best = [took for took, _ in steps], [best for _, best in steps]
+    return {"seconds": seconds, "best": best, "logits": logits_V, "trace": trace}
 
 
 def together(

@@ -42,13 +42,13 @@ class Steps:
         sequences, rounds: decoded together, and how many tokens of each.
     """
 
-    cold: int = 16
-    warm: int = 64
-    peer: int = 5
-    trace: int = 512
+    cold: int = 8
+    warm: int = 40
+    peer: int = 4
+    trace: int = 256
     prompt: int = 512
     sequences: int = 16
-    rounds: int = 8
+    rounds: int = 2
 
 
 class BudgetRuns:

@@ -63,8 +63,10 @@ def _print_speeds(found: BudgetResult, console: Console) -> None:
     for text in found.missing:
         line(text)
     if found.ratio_to_llama_cpp_mmap is not None:
-        same = f"{found.llama_cpp_same_tokens or 0:.0%} of its tokens are the same"
-        line(f"{found.ratio_to_llama_cpp_mmap:.1f} times llama.cpp's mapped file, the lower of cold and warm; {same}")
+        line(
+            f"{found.ratio_to_llama_cpp_mmap:.1f} times llama.cpp's mapped file, the lower of cold and warm; "
+            f"its logits correlate with moekit's by {found.llama_cpp_correlation:.3f}"
+        )
     line(
         f"disk {found.disk_gb_s:.2f} GB/s; {found.missed_bytes_per_token / 1e6:.0f} MB a token missed, "
         f"{found.hit_share:.1%} hits; {found.share_of_bound:.0%} of the disk's bound"
