@@ -7,6 +7,7 @@ is left of the budget becomes slots for experts. When a conversation's keys and 
 
 from __future__ import annotations
 
+import mmap
 import os
 import weakref
 from collections.abc import Callable
@@ -86,6 +87,9 @@ class MemoryBudget:
         least: slots without which nothing works.
         traffic: the experts', with its cache.
         reader: how they are read.
+
+    Attributes:
+        mapping: the embedding's in the file, or None where it is in memory.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class MemoryBudget:
     ) -> None:
         self.limit, self._base, self._resident, self._least = limit, base, resident, least
         self._traffic, self._reader, self._conversations = traffic, reader, 0
+        self.mapping: mmap.mmap | None = None
 
     def take(self, nbytes: int) -> None:
         """Make room for keys and values; experts leave for it.
@@ -128,11 +133,14 @@ class MemoryBudget:
             self._divide()
 
     def settle(self) -> None:
-        """Compare with the system what the process takes; if it is above its limit, experts leave.
+        """Let go of embeddings that were looked up, and compare with the system what the process takes; if it is above
+        its limit, experts leave.
 
         Raises:
             BudgetError: there is not enough without them.
         """
+        if self.mapping is not None:
+            self.mapping.madvise(mmap.MADV_DONTNEED)
         above = resident_memory() - self.limit
         if above > 0:
             with self._traffic.lock:
@@ -225,7 +233,7 @@ def load_within(
     replace_modules(decoder, found)
     store = Store(folder)
     before = resident_memory()
-    _read_others(decoder, file, store)
+    mapping = _read_others(decoder, file, store)
     resident = resident_memory() - before
     for experts in found.values():
         traffic.token_bytes += _taken(decoder, experts) * experts.mean_bytes
@@ -244,8 +252,9 @@ def load_within(
     heat = load_heat(store)
     traffic.cache = cache = ExpertCache(store, choice.reader(store), slots, policy, heat, maximum=most)
     cache.warm_up(sorted(heat, key=lambda key: -heat[key])[: int(WARM_UP * 1e9 * choice.gb_s / store.largest)])
-    decoder.room = MemoryBudget(limit, base, resident, least, traffic, choice)
-    weakref.finalize(decoder.room, _remember, store, cache)
+    decoder.room = room = MemoryBudget(limit, base, resident, least, traffic, choice)
+    room.mapping = mapping
+    weakref.finalize(room, _remember, store, cache)
     return decoder
 
 
@@ -253,16 +262,22 @@ def _remember(store: Store, cache: ExpertCache) -> None:
     save_heat(store, cache.heat())
 
 
-def _read_others(decoder: Decoder, file: SafetensorsFile, store: Store) -> None:
-    """Everything but the experts. Of an embedding that is not the head too, only rows are looked up: it is mapped,
-    and the system takes back what it read of it when it needs the room."""
+def _read_others(decoder: Decoder, file: SafetensorsFile, store: Store) -> mmap.mmap | None:
+    """Everything but the experts. Of an embedding that is not the head too, only rows are looked up: it is mapped, and
+    what was read of it is let go from time to time. Returns the mapping."""
     lookup = isinstance(decoder.embed, QuantEmbedding) and not decoder.config.tie_word_embeddings
     experts = {f"layers.{layer}.mlp.experts.expert_{expert}" for layer, expert in store.extents}
+    mapping = None
     for name in file.tensors.keys() - experts:
-        put_packed(decoder, name, file.map(name) if lookup and name == "embed.data" else store.read(name))
+        if lookup and name == "embed.data":
+            value, mapping = file.map(name)
+            put_packed(decoder, name, value)
+        else:
+            put_packed(decoder, name, store.read(name))
     if lookup:  # the system kills whoever looks at mapped bytes of a file that was cut
         decoder.embed.register_forward_pre_hook(lambda *_: store.check())
     decoder.eval()
+    return mapping
 
 
 def _taken(decoder: Decoder, experts: OffloadedExperts) -> int:

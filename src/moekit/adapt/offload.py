@@ -70,14 +70,15 @@ class ExpertTraffic:
 
 
 class Foresight:
-    """Whether reading ahead pays: tried for a few tokens at a time, in turn with not doing so, until it is clear.
+    """Whether reading ahead pays: tried for a few tokens at a time, in turn with not doing so, until it is clear. Not
+    before the cache is full: until then a read finds room without an expert's leaving, and takes first-touched memory.
 
     Attributes:
         on: whether to read ahead now.
         gain: the time of a token without over that with; None while it is being tried.
     """
 
-    TURN, TURNS, WORTH = 8, 6, 1.03
+    TURN, TURNS, WORTH = 8, 6, 1.05
 
     def __init__(self) -> None:
         self.on = False
@@ -85,9 +86,9 @@ class Foresight:
         self._took: dict[bool, list[float]] = {False: [], True: []}
         self._last, self._count = 0.0, 0
 
-    def tick(self) -> None:
-        """Another token begins."""
-        if self.gain is not None:
+    def tick(self, full: bool) -> None:
+        """Another token begins, with a full cache or not."""
+        if self.gain is not None or not (full or self._count):
             return
         now, self._count = time.perf_counter(), self._count + 1
         if self._count % self.TURN > 1:  # the first of a turn has what the turn before left
@@ -207,7 +208,7 @@ class OffloadedExperts(QuantExperts):
             yield iter([[(expert, self.traffic.blank.data_ptr()) for expert in experts]])
             return
         if self.layer == self.traffic.first_layer:
-            self.traffic.foresight.tick()
+            self.traffic.foresight.tick(len(self.traffic.in_use) == self.traffic.most)
         with self.traffic.lock, self._take(experts) as taken:
             yield self._arrivals(taken)
 

@@ -19,6 +19,9 @@ __all__ = ["PREFILL_CHUNK", "Session", "append_each"]
 PREFILL_CHUNK = 512
 """Prompt tokens computed at once: enough to keep the cores busy, few enough that activations stay small."""
 
+SETTLED = 128
+"""Tokens after which a memory budget is compared with what the process takes; also after each part of a prompt."""
+
 
 class Session:
     """Keeps a decoder's keys and values between prompts, so that only what follows the common prefix is computed.
@@ -52,8 +55,6 @@ class Session:
         del self.tokens[self.reused :]
         for start in range(self.reused, len(ids), self._chunk):
             logits_V = self.append(ids[start : start + self._chunk])
-            if self.room is not None:
-                self.room.settle()
         return logits_V
 
     @torch.inference_mode()
@@ -65,6 +66,8 @@ class Session:
         self.tokens.extend(ids)
         if output.routings:
             self._routings.append(output.routings)
+        if self.room is not None and (len(ids) > 1 or len(self.tokens) % SETTLED == 0):
+            self.room.settle()
         return output.logits[0, -1]
 
     def take_routings(self) -> list[tuple[Routing, ...]]:

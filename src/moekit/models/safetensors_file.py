@@ -109,12 +109,14 @@ class SafetensorsFile:
             name: whole[info.start : info.end].view(info.dtype).view(info.shape) for name, info in self.tensors.items()
         }
 
-    def map(self, name: str) -> Tensor:
-        """The tensor `name`, whose pages come from the file when they are touched and leave when memory is short."""
+    def map(self, name: str) -> tuple[Tensor, mmap.mmap]:
+        """The tensor `name`, whose pages come from the file when they are touched, and the mapping: MADV_DONTNEED lets
+        go of them."""
         info = self.tensors[name]
         first = info.start - info.start % mmap.ALLOCATIONGRANULARITY
-        whole = torch.frombuffer(self._mapped(first, info.end), dtype=torch.uint8)
-        return whole[info.start - first :].view(info.dtype).view(info.shape)
+        mapped = self._mapped(first, info.end)
+        whole = torch.frombuffer(mapped, dtype=torch.uint8)
+        return whole[info.start - first :].view(info.dtype).view(info.shape), mapped
 
     def _mapped(self, first: int, last: int) -> mmap.mmap:
         """The bytes [first, last) of the file, private."""
