@@ -140,7 +140,7 @@ class ExpertCache:
         self._reader = reader
         self._before = dict(heat or {})
         self._policy = make_policy(policy, slots, heat)
-        self._slots = Slots(self.maximum, self.stride)
+        self._slots = Slots(self.maximum, self.stride, slots)
         self._entries: dict[Key, _Entry] = {}
         self._flying: dict[Key, _Entry] = {}  # those with a read that has not been settled
         self._free = list(range(slots - 1, -1, -1))

@@ -13,6 +13,8 @@ from moekit.errors import ConfigError
 
 __all__ = ["Slots"]
 
+_MADV_POPULATE_WRITE = 23  # of linux/mman.h; Python has no name for it
+_MOST_TOUCHED = 2 << 30
 # Without it the system may refuse more than its memory. Python names it from 3.13 on; Linux's value on x86 and ARM.
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
@@ -23,11 +25,12 @@ class Slots:
     Args:
         count: slots.
         stride: bytes of one, whole pages.
+        touched: slots that get their memory now, 2 GiB at most: else the first read into each waits for that too.
     Raises:
         ConfigError: there is no address space.
     """
 
-    def __init__(self, count: int, stride: int) -> None:
+    def __init__(self, count: int, stride: int, touched: int = 0) -> None:
         self.count, self.stride = count, stride
         # mmap's default is shared memory, which gets no huge pages and which forked processes would write to together.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
@@ -37,6 +40,9 @@ class Slots:
             raise ConfigError(f"no address space for {count} slots of {stride} bytes: {error.strerror}") from None
         with contextlib.suppress(OSError):  # a kernel without huge pages
             self._map.madvise(mmap.MADV_HUGEPAGE)
+        if nbytes := min(touched * stride, _MOST_TOUCHED) // mmap.PAGESIZE * mmap.PAGESIZE:
+            with contextlib.suppress(OSError):  # Linux before 5.14
+                self._map.madvise(_MADV_POPULATE_WRITE, 0, nbytes)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._base = self._bytes.data_ptr()
 

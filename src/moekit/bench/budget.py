@@ -46,7 +46,7 @@ class BudgetResult:
         predicted_tokens_per_second: the bound of routing that prefers no expert, as a budgeted model tells it; None if
             all experts have room.
         tokens_per_second: of each contender, "cold" and "warm".
-        ratio_to_llama_cpp_mmap: the lower of the two ratios; None where llama.cpp was not run.
+        ratio_to_llama_cpp_mmap: the lower of the ratios cold and warm; None where llama.cpp was not run.
         tokens_identical: with those of a run with all experts in memory.
         llama_cpp_correlation: of its logits after the first token with ours: it rounds otherwise, and where random
             routers nearly tie, it may take other experts.

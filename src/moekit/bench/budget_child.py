@@ -38,23 +38,24 @@ def drop_from_cache(path: str | os.PathLike[str]) -> None:
 
 
 def alone(
-    folder: str, limit: int, reader: dict[str, Any], ids: list[int], cold: int, most: int | None = None
+    folder: str, limit: int, reader: dict[str, Any], ids: list[int], cold: int, warm: int, most: int | None = None
 ) -> dict[str, Any]:
-    """Steps of one sequence within `limit` bytes, experts read by `reader` (a `ReaderChoice`); of the first `cold`
-    steps and of the others, hits and misses."""
+    """Steps of one sequence within `limit` bytes, experts read by `reader` (a `ReaderChoice`): seconds, hits and misses
+    of the first `cold` and the last `warm` steps. Between them reading ahead is tried, which takes some dozens."""
     drop_from_cache(Path(folder) / PACKED_WEIGHTS)
     decoder = load_within(folder, limit, reader=ReaderChoice(**reader), most=most)
     session, budget = Session(decoder), _budget(decoder.room)
     report = budget.report
     steps, counts = [], [budget.stats]
-    for part in (ids[:cold], ids[cold:]):
+    for part in (ids[:cold], ids[cold:-warm], ids[-warm:]):
         steps += _steps(lambda token: int(session.append([token]).argmax()), part)
         counts.append(budget.stats)
+    parts = [both for number, both in enumerate(itertools.pairwise(counts)) if number != 1]
     return {
-        "seconds": [took for took, _ in steps],
+        "seconds": [took for took, _ in (*steps[:cold], *steps[-warm:])],
         "best": [best for _, best in steps],
-        "hits": [after.hits - before.hits for before, after in itertools.pairwise(counts)],
-        "misses": [after.misses - before.misses for before, after in itertools.pairwise(counts)],
+        "hits": [after.hits - before.hits for before, after in parts],
+        "misses": [after.misses - before.misses for before, after in parts],
         "expert_bytes": report.expert_bytes / report.total_slots,
         "slots": report.slots,
         "total_slots": report.total_slots,

@@ -19,6 +19,7 @@ import torch
 
 from moekit.adapt.expert_probe import OUTSTANDING, measure, probe
 from moekit.adapt.expert_slots import Slots
+from moekit.adapt.offload import Foresight
 from moekit.adapt.store import Store
 from moekit.bench.memory_group import MemoryGroup, memory_group
 from moekit.errors import MissingExtraError, MoekitError, UnsupportedError
@@ -35,7 +36,8 @@ class Steps:
 
     Attributes:
         cold: with nothing in memory at first.
-        warm: after them.
+        settle: after them, until it is clear whether reading ahead pays; not timed.
+        warm: after these.
         peer: of llama.cpp, cold and as many warm.
         trace: with all experts in memory, whose routing is recorded.
         prompt: of a prompt.
@@ -43,6 +45,7 @@ class Steps:
     """
 
     cold: int = 8
+    settle: int = Foresight.TURN * Foresight.TURNS
     warm: int = 40
     peer: int = 4
     trace: int = 256
@@ -76,7 +79,7 @@ class BudgetRuns:
         self._store = Store(folder)
         self._reader = probe(self._store, again=True)
         drawn = random.Random(0)
-        longest = max(steps.cold + steps.warm, 2 * steps.peer, steps.trace, steps.prompt)
+        longest = max(steps.cold + steps.settle + steps.warm, 2 * steps.peer, steps.trace, steps.prompt)
         self._ids = [drawn.randrange(vocab) for _ in range(longest)]
 
     def alone(self) -> dict[str, Any]:
@@ -114,8 +117,8 @@ class BudgetRuns:
         return self._child("together", given | {"sequences": self.steps.sequences, "rounds": self.steps.rounds})
 
     def _alone(self, limit: int) -> dict[str, Any]:
-        count = self.steps.cold + self.steps.warm
-        return self._loaded(limit) | {"ids": self._ids[:count], "cold": self.steps.cold}
+        count = self.steps.cold + self.steps.settle + self.steps.warm
+        return self._loaded(limit) | {"ids": self._ids[:count], "cold": self.steps.cold, "warm": self.steps.warm}
 
     def _loaded(self, limit: int) -> dict[str, Any]:
         return {"folder": str(self._folder), "limit": limit, "reader": dataclasses.asdict(self._reader)}

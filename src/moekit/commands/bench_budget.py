@@ -63,9 +63,11 @@ def _print_speeds(found: BudgetResult, console: Console) -> None:
     for text in found.missing:
         line(text)
     if found.ratio_to_llama_cpp_mmap is not None:
+        cold, warm = (found.tokens_per_second["moekit"][when] / found.tokens_per_second["llama.cpp mmap"][when]
+                      for when in ("cold", "warm"))  # fmt: skip
         line(
-            f"{found.ratio_to_llama_cpp_mmap:.1f} times llama.cpp's mapped file, the lower of cold and warm; "
-            f"its logits correlate with moekit's by {found.llama_cpp_correlation:.3f}"
+            f"{cold:.1f} times llama.cpp's mapped file cold, {warm:.1f} warm; its logits correlate with moekit's "
+            f"by {found.llama_cpp_correlation:.3f}"
         )
     line(
         f"disk {found.disk_gb_s:.2f} GB/s; {found.missed_bytes_per_token / 1e6:.0f} MB a token missed, "
