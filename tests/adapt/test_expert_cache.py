@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from concurrent.futures import CancelledError
 from pathlib import Path
 
@@ -341,6 +342,8 @@ def test_warming_up_can_be_interrupted(store, reader, contents, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         cache.warm_up(list(contents), window=2)
     monkeypatch.undo()
+    while reader._work.active:  # reads that were given up, and must not meet a file that is being changed
+        time.sleep(0.001)
     flip(store, (1, 0))
     for number in range(3):
         fetch(cache, layer(number, *range(8)), contents)
