@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from moekit.adapt.expert_cache import ExpertCache
 from moekit.adapt.expert_policies import POLICIES
-from moekit.adapt.expert_reader import Reader
+from moekit.adapt.expert_reader import Pending, Reader
 from moekit.adapt.store import Store
 from moekit.errors import ConfigError, FileError, FormatError, UnknownNameError
 from tiny_store import PAGE, flip, write_store
@@ -338,7 +338,7 @@ def test_warming_up_can_be_interrupted(store, reader, contents, monkeypatch):
     flip(store, (1, 0))
     with pytest.raises(FormatError, match="layer 1, expert 0"):
         cache.warm_up(list(contents), window=2)
-    monkeypatch.setattr(cache, "_settle", lambda entry: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Pending, "wait", lambda pending: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         cache.warm_up(list(contents), window=2)
     monkeypatch.undo()
