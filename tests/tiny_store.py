@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -49,3 +50,15 @@ def flip(store: Store, key: Key, at: int = 100) -> None:
         file.seek(-1, 1)
         file.write(bytes([byte ^ 1]))
     os.utime(store.path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def without_direct(monkeypatch):
+    """os.open as on a file system that knows no O_DIRECT."""
+    real = os.open
+
+    def refuse(path, flags, *rest, **more):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refuse)

@@ -16,7 +16,7 @@ from moekit.adapt.expert_probe import probe
 from moekit.adapt.expert_reader import KINDS, Reader
 from moekit.adapt.store import Store
 from moekit.errors import FileError, FormatError
-from tiny_store import flip, write_store
+from tiny_store import flip, without_direct, write_store
 
 SECONDS = 0.04
 
@@ -31,18 +31,6 @@ def home(tmp_path, monkeypatch):
 def store(tmp_path):
     write_store(tmp_path, pages=4)
     return Store(tmp_path)
-
-
-def without_direct(monkeypatch):
-    """os.open as on a file system that knows no O_DIRECT."""
-    real = os.open
-
-    def refuse(path, flags, *rest, **more):
-        if flags & os.O_DIRECT:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return real(path, flags, *rest, **more)
-
-    monkeypatch.setattr(os, "open", refuse)
 
 
 def slowed(monkeypatch, kind, seconds):

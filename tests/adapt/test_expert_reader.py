@@ -18,7 +18,7 @@ from moekit.adapt.expert_reader import KINDS, Reader
 from moekit.adapt.expert_slots import Slots
 from moekit.adapt.store import Store
 from moekit.errors import ConfigError, FileError, FormatError
-from tiny_store import PAGE, flip, write_store
+from tiny_store import PAGE, flip, without_direct, write_store
 
 TIMEOUT = 20
 
@@ -273,14 +273,7 @@ def test_a_reader_that_is_forgotten_leaves_no_threads(store, slots):
 
 
 def test_no_direct_reads_here(store, monkeypatch):
-    real = os.open
-
-    def refuse(path, flags, *rest, **more):
-        if flags & os.O_DIRECT:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return real(path, flags, *rest, **more)
-
-    monkeypatch.setattr(os, "open", refuse)
+    without_direct(monkeypatch)
     with pytest.raises(FileError, match="O_DIRECT"):
         Reader(store, "direct")
     Reader(store, "cached").close()

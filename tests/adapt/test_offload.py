@@ -333,6 +333,16 @@ def test_reading_ahead_is_kept_only_where_tokens_come_sooner(monkeypatch):
         assert foresight.gain == pytest.approx(without / with_it)
 
 
+def test_tokens_that_come_together_are_no_trial(packed):
+    decoder = load(packed, 8)
+    sessions = [Session(decoder) for _ in range(3)]
+    for turn in range(60):
+        append_each(sessions, [turn, turn + 1, turn + 2])
+    assert decoder.room._traffic.foresight._count == 0
+    sessions[0].append([1])
+    assert decoder.room._traffic.foresight._count == 1
+
+
 def test_what_the_next_router_wants_is_read_ahead_and_changes_no_number(packed, whole):
     decoder = load(packed, 14)
     decoder.room._traffic.foresight.on, decoder.room._traffic.foresight.gain = True, 2.0

@@ -14,7 +14,7 @@ import torch
 from moekit import cli
 from moekit.adapt.expert_probe import ReaderChoice
 from moekit.adapt.packed_folder import load_packed
-from moekit.bench import FULL, ModelFiles, budget_child, budget_curve, budget_runs
+from moekit.bench import ModelFiles, budget_child, budget_curve, budget_runs
 from moekit.bench.budget import budget, ratio, share_of_bound
 from moekit.bench.budget_runs import BudgetRuns, Steps
 from moekit.bench.memory_group import memory_group
@@ -22,17 +22,9 @@ from moekit.commands import bench_budget
 from moekit.engine.trace import TraceHead, TraceRow, TraceWriter
 from moekit.errors import MoekitError, UnsupportedError
 from moekit.machine import total_memory
+from tiny_decoder import tiny_decoder
 
-TINY = dataclasses.replace(
-    FULL,
-    vocab_size=512,
-    hidden_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    head_dim=32,
-    moe=dataclasses.replace(FULL.moe, hidden_size=64, intermediate_size=32, num_experts=16, top_k=2),
-)
+TINY = tiny_decoder(experts=16)
 STEPS = Steps(cold=4, settle=2, warm=6, peer=2, trace=24, prompt=16, sequences=4, rounds=2)
 READER = dataclasses.asdict(ReaderChoice("cached", 2, 1 << 20, 1.0))
 

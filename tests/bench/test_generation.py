@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from importlib.util import find_spec
 
@@ -10,21 +9,13 @@ import pytest
 import torch
 
 from moekit import bench, cli
-from moekit.bench import FULL, ModelFiles, Workload, decoders, generation
+from moekit.bench import ModelFiles, Workload, decoders, generation
 from moekit.bench.generation import llama_name
 from moekit.bench.plot import draw
 from moekit.kernels import cpu
+from tiny_decoder import tiny_decoder
 
-TINY = dataclasses.replace(
-    FULL,
-    vocab_size=512,
-    hidden_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    head_dim=32,
-    moe=dataclasses.replace(FULL.moe, hidden_size=64, intermediate_size=32, num_experts=8, top_k=2),
-)
+TINY = tiny_decoder(experts=8)
 LIMITS = {"read_gb_s": 10.0, "gemm_fp32_gflop_s": 100.0, "gemm_bf16_gflop_s": 200.0, "gemm_int8_gflop_s": 400.0}
 WORK = Workload(prompt=16, tokens=4, rounds=2)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from plain_models import DeepseekModel, GrokModel
-from twins import DEEPSEEK, ERNIE, LATENT, PLAIN, QWEN, SHAPE, VOCAB
+from twins import DEEPSEEK, ERNIE, FAMILIES, LATENT, PLAIN, QWEN, VOCAB, YARN
 
 WORDS = {
     "tokenizer.ggml.model": "gpt2",
@@ -13,7 +13,6 @@ WORDS = {
 }
 """A tokenizer of as many words."""
 EPS = {"rms_norm_eps": 2.0**-17}
-YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500_000.0,
@@ -122,33 +121,8 @@ GGUF_TWINS = {
     ),
     "granitemoe tied": ("GraniteMoe", {**GRANITE, "tie_word_embeddings": True}),
     "granitemoeshared": ("GraniteMoeShared", {**GRANITE, "shared_intermediate_size": 20}),
-    "dbrx": (
-        "Dbrx",
-        {
-            "attn_config": {"kv_n_heads": 2, "clip_qkv": 0.5, "rope_theta": 500.0},
-            "ffn_config": {"ffn_hidden_size": 20, "moe_num_experts": 5, "moe_top_k": 3},
-            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
-            "d_model": 32,
-            "n_heads": 4,
-            "n_layers": 3,
-            "max_seq_len": 64,
-            **dict.fromkeys(SHAPE.keys() - {"vocab_size"}),
-        },
-    ),
-    "grok-1": (
-        GrokModel,
-        {
-            **PLAIN,
-            **EPS,
-            "model_type": "grok-1",
-            "num_experts": 5,
-            "num_experts_per_tok": 2,
-            "attn_output_multiplier": 0.25,
-            "max_attn_value": 1.5,
-            "embedding_multiplier_scale": 3.0,
-            "output_multiplier_scale": 0.5,
-        },
-    ),
+    "dbrx": FAMILIES["dbrx"],
+    "grok-1": (GrokModel, {**FAMILIES["grok-1"][1], **EPS, "attn_output_multiplier": 0.25}),
     "gpt2": (
         "GPT2",
         {"intermediate_size": None, "num_key_value_heads": None, "layer_norm_epsilon": 2.0**-17},

@@ -28,14 +28,12 @@ from moekit.adapt.store import Store
 from moekit.config import MoEConfig
 from moekit.errors import BudgetError, UnsupportedError
 from moekit.machine import peak_memory, readable_bytes, resident_memory, return_freed_memory
-from moekit.models.cache import KVCache
+from moekit.models.cache import PREFILL_CHUNK, KVCache
 from moekit.models.decoder import Decoder
 from moekit.models.safetensors_file import SafetensorsFile
 
 __all__ = ["BudgetReport", "MemoryBudget", "load_within"]
 
-CHUNK = 512
-"""Tokens of the rehearsal: what a session computes at a time (engine/session.py)."""
 WARM_UP = 3.0
 """Seconds of reading the experts that were busiest in earlier runs, before the first prompt."""
 _SPARE, _SPARE_SHARE = 16 << 20, 0.01  # of the budget: what Python and the system's allocator may come to need
@@ -291,7 +289,7 @@ def _rehearse(decoder: Decoder, traffic: ExpertTraffic, largest: int) -> int:
     """Bytes at the highest point of a prompt's chunk through one layer of each kind, and the head."""
     layers, config = decoder.layers, decoder.config
     kinds = {type(block.mlp): block for block in layers}
-    ids = torch.arange(min(CHUNK, config.max_position_embeddings - 1))[None] % config.vocab_size
+    ids = torch.arange(min(PREFILL_CHUNK, config.max_position_embeddings - 1))[None] % config.vocab_size
     try:
         decoder.layers = nn.ModuleList(kinds.values())
         with traffic.rehearsal(largest), peak_memory() as peak:

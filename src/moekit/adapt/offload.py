@@ -87,7 +87,7 @@ class Foresight:
         self._last, self._count = 0.0, 0
 
     def tick(self, full: bool) -> None:
-        """Another token begins, with a full cache or not."""
+        """Another lone token begins, with a full cache or not."""
         if self.gain is not None or not (full or self._count):
             return
         now, self._count = time.perf_counter(), self._count + 1
@@ -179,6 +179,11 @@ class OffloadedExperts(QuantExperts):
             )  # fmt: skip
         return out_TD.to(x_TD.dtype)
 
+    def begin_lone_token(self) -> None:
+        """See `moe.experts.Residency`."""
+        if self.layer == self.traffic.first_layer and self.traffic.blank is None:
+            self.traffic.foresight.tick(len(self.traffic.in_use) == self.traffic.most)
+
     @property
     def looks_ahead(self) -> bool:
         """See `moe.experts.Residency`."""
@@ -207,8 +212,6 @@ class OffloadedExperts(QuantExperts):
         if self.traffic.blank is not None:
             yield iter([[(expert, self.traffic.blank.data_ptr()) for expert in experts]])
             return
-        if self.layer == self.traffic.first_layer:
-            self.traffic.foresight.tick(len(self.traffic.in_use) == self.traffic.most)
         with self.traffic.lock, self._take(experts) as taken:
             yield self._arrivals(taken)
 

@@ -10,14 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moekit.models.cache import KVCache, Room
+from moekit.models.cache import PREFILL_CHUNK, KVCache, Room
 from moekit.models.decoder import Decoder, DecoderOutput
 from moekit.moe import Routing
 
 __all__ = ["PREFILL_CHUNK", "Session", "append_each"]
 
-PREFILL_CHUNK = 512
-"""Prompt tokens computed at once: enough to keep the cores busy, few enough that activations stay small."""
 
 SETTLED = 128
 """Tokens after which a memory budget is compared with what the process takes; also after each part of a prompt."""

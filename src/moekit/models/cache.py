@@ -12,7 +12,10 @@ from torch import Tensor
 
 from moekit.config import ModelConfig
 
-__all__ = ["KVCache", "Room"]
+__all__ = ["PREFILL_CHUNK", "KVCache", "Room"]
+
+PREFILL_CHUNK = 512
+"""Prompt tokens computed at once: enough to keep the cores busy, few enough that activations stay small."""
 
 
 class Room(Protocol):

@@ -110,6 +110,8 @@ def think_in_parts(
     Where that pays, the next block's router is asked already now, about a lone token, which experts to read next.
     """
     residency: Residency = block.mlp.experts.residency
+    if len(tokens) == 1:
+        residency.begin_lone_token()
     parts = [token.begin(block, step) for token in tokens]
     for group in residency.together([part.ids_A.tolist() for part in parts]):
         wanted: dict[int, list[tuple[int, int]]] = {}

@@ -45,6 +45,10 @@ class Residency(Protocol):
         """Every expert's matrices, first and second, without their bytes (on torch's meta device)."""
         ...
 
+    def begin_lone_token(self) -> None:
+        """Told before the experts of a token that comes by itself are asked for."""
+        ...
+
     @property
     def looks_ahead(self) -> bool:
         """Whether `expect` is worth asking the router early."""
