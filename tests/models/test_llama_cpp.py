@@ -162,7 +162,8 @@ def test_the_upcycled_sample_in_llama_cpp_and_in_transformers(samples, tmp_path)
 def test_the_upcycled_sample_after_training_written_by_the_command(samples, tmp_path):
     """What `moekit quickstart` leaves, after three steps on a play: bfloat16 in Mixtral's layout, then `moekit export`.
 
-    The copies of an expert have hardly parted, nor have their routers: near ties are what may part the two programs.
+    transformers agrees everywhere. llama.cpp is up to 4e-3 away at 5 of 256 positions; why is not known: they are not
+    those where two experts are nearest to a tie. On what the quickstart's 20 steps leave it agrees everywhere too.
     """
     moe, tokenizer = upcycle(load_decoder(samples / SAMPLE), UpcycleConfig()), load_tokenizer(samples / SAMPLE)
     optimizer, text = torch.optim.SGD(moe.parameters(), lr=0.05), Path(split_plays(samples)[0][0]).read_text()
@@ -179,16 +180,18 @@ def test_the_upcycled_sample_after_training_written_by_the_command(samples, tmp_
     ids = held_out(samples, tokenizer, 256)
     want = ours(load_decoder(tmp_path / "moe", torch.float32), ids)
     got = theirs(tmp_path / "a.gguf", ids, cache="f32")
-    agree_but_for_ties("llama.cpp", got, want, ids)
+    nearly_everywhere(got, want, ids)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "moe", dtype=torch.float32)
     with torch.no_grad():
-        agree_but_for_ties("transformers", model(torch.tensor([ids])).logits[0], want, ids)
+        got = model(torch.tensor([ids])).logits[0]
+    report("transformers", got, want, ids)
+    torch.testing.assert_close(got, want, **near("llama.cpp F32"))
 
 
-def agree_but_for_ties(who, got, want, ids):
-    report(who, got, want, ids)
+def nearly_everywhere(got, want, ids):
+    report("llama.cpp", got, want, ids)
     apart = (got - want).abs().amax(dim=-1) > near("llama.cpp F32")["atol"]
-    print(f"{who}: {int(apart.sum())} of {len(ids)} positions are further apart than 1e-3")
+    print(f"{int(apart.sum())} of {len(ids)} positions are further apart than 1e-3")
     assert apart.float().mean() < 0.05
     assert perplexity(got, ids) == pytest.approx(perplexity(want, ids), rel=rel("llama.cpp perplexity"))
 
