@@ -69,8 +69,9 @@ inline constexpr i64 kRowStep = 16;
 struct Panels {
   i64 columns, step, row_bytes;
   void (*pack_columns)(const void* first, const void* second, i64 ldb, i64 cols, i64 k, void* panel);
-  void (*pack_elements)(const void* b, i64 ldb, i64 first, i64 cols, i64 k, void* panel);
-  void (*pack_rows)(const void* b, i64 ldb, i64 first, i64 cols, i64 k, void* panel);
+  // These two fill as many panels as there are columns for.
+  void (*pack_elements)(const void* b, i64 ldb, i64 first, i64 cols, i64 k, void* panels);
+  void (*pack_rows)(const void* b, i64 ldb, i64 first, i64 cols, i64 k, void* panels);
   // c = A · panel, or += it. A row of A is `ld` words from the next. Memory must go on to a multiple of kRowStep rows in
   // A and in c: what is read there adds to nothing else, what is written there means nothing.
   void (*multiply)(const void* a, i64 ld, const void* panel, i64 rows, i64 words, float* c, bool add);
@@ -78,13 +79,14 @@ struct Panels {
   void (*to_row)(const void* from, int dtype, i64 n, void* row);
   // m × (words of k): columns first to first + m of k rows, each as a row of words, `words_ld` apart.
   void (*turn)(const void* rows, i64 ld, i64 first, i64 m, i64 k, void* words, i64 words_ld);
-  // Bias, activation: c to `hidden` rows and, unless null, to pre-activations in elements.
-  void (*activate)(const float* c, i64 rows, i64 first, i64 cols, const void* bias_G, void* pre, void* hidden,
+  // Bias, activation: c, whose panels lie `tile` numbers apart, to `hidden` rows and, unless null, to pre-activations
+  // in elements.
+  void (*activate)(const float* c, i64 tile, i64 rows, i64 first, i64 cols, const void* bias_G, void* pre, void* hidden,
                    i64 hidden_ld, const Inner& inner);
   // c is the gradient of the hidden rows before their weights: grad_pre = its share with them, weighted_hidden, and
   // grad_weight += Σ c · hidden; each may be null.
-  void (*activate_backward)(const float* c, i64 rows, i64 first, i64 cols, const void* pre, const float* weights,
-                            void* grad_pre, i64 grad_ld, void* weighted_hidden, i64 hidden_ld, float* grad_weight,
+  void (*activate_backward)(const float* c, i64 tile, i64 rows, i64 first, i64 cols, const void* pre,
+                            const float* weights, void* grad_pre, i64 grad_ld, void* weighted_hidden, i64 hidden_ld, float* grad_weight,
                             i64 grad_weight_ld, const Inner& inner);
   // acc[place[r] - from] += weights[r] · (c[r] + bias); weights and bias may be null.
   void (*add_to_tokens)(const float* c, i64 rows, const i64* place, i64 from, const float* weights, const void* bias,
@@ -94,6 +96,9 @@ struct Panels {
   void (*sum_rows)(const void* rows, i64 ld, i64 n, const float* weights, i64 first, i64 cols, void* out);
   // Σ_j row[j] · element[j]
   float (*dot)(const void* row, const void* elements, i64 n);
+  // Before a thread's first product, and after its last and what it stored: what is stored must be seen by others.
+  void (*begin)();
+  void (*end)();
 };
 
 extern const Panels panels_portable[2], panels_avx2[2], panels_avx512[2], panels_avx512_bf16[2];  // by DType

@@ -13,9 +13,12 @@
 namespace moekit {
 namespace {
 
-constexpr i64 kRowsATask = 256;       // rows of A that pass one panel: their result stays in L2
-constexpr i64 kTokensATask = 4096;    // the largest fp32 sum of a panel's columns that stays in L2
-constexpr i64 kOuterRows = 576;       // rows of a weight's gradient in a task, which packs the other operand once
+constexpr i64 kRowsATime = 256;       // rows of A that pass one panel: their result stays in L2
+constexpr i64 kRowsATask = 512;       // rows of A that pass many panels
+constexpr i64 kSumBytes = 512 << 10;  // what they give stays in L2
+constexpr i64 kWordsATime = 128;      // rows of B, in words, that are packed at a time
+constexpr i64 kTokensATask = 4096;
+constexpr i64 kOuterRows = 1152;      // rows of a weight's gradient in a task, which packs the other operand once
 constexpr i64 kOuterDepth = 512;      // rows of an expert that its operands hold at a time
 constexpr i64 kAlone = 1 << 21;       // multiplications that one thread has done before others have begun
 
@@ -61,8 +64,36 @@ struct Rows {
   i64 ld = 0;  // numbers from row to row
 };
 
+// Some rows, and some columns of an expert's matrix.
 struct Task {
-  i64 expert, row, rows, part;
+  i64 expert, row, rows, first, cols;
+};
+
+// Some tokens from `from`, and some columns from `first`: their sums are panels of `tile` numbers.
+struct Share {
+  i64 from, first, end, tile;
+  float* sums;
+};
+
+// A thread at work on a task.
+class Working {
+ public:
+  explicit Working(const Panels& panels) : panels_(panels) { panels_.begin(); }
+  ~Working() { panels_.end(); }
+  Working(const Working&) = delete;
+  Working& operator=(const Working&) = delete;
+
+ private:
+  const Panels& panels_;
+};
+
+// One array for the packed panels of B and the sums of a task.
+struct Panes {
+  char* panels;
+  float* c;
+  Panes(i64 panel_bytes, i64 sums) : panels(static_cast<char*>(thread_scratch(panel_bytes + sums * 4))) {
+    c = reinterpret_cast<float*>(panels + panel_bytes);
+  }
 };
 
 class Layer {
@@ -75,7 +106,11 @@ class Layer {
   void backward(const void* grad_TD, const void* pre_AG, const MlpGradients& out);
 
  private:
-  i64 width(i64 numbers) const { return chunks(numbers, p_.step) * p_.step; }
+  // Of a row: whole words, and a line more where rows would lie in the same sets of the caches.
+  i64 width(i64 numbers) const {
+    const i64 bytes = words(numbers) * 4;
+    return (bytes % 1024 ? bytes : bytes + 64) / p_.row_bytes;
+  }
   i64 words(i64 numbers) const { return chunks(numbers, p_.step); }
   size_t bytes_of(i64 rows, i64 numbers) const {
     return Workspace::size_of<char>((rows + kRowStep) * width(numbers) * p_.row_bytes);
@@ -92,13 +127,21 @@ class Layer {
   }
 
   Rows gather(Workspace& memory, const void* from, int dtype) const;
-  std::vector<Task> row_tasks(i64 parts) const;
+  i64 tile(i64 rows) const { return chunks(rows, kRowStep) * kRowStep * p_.columns; }
+  i64 panels_that_fit(i64 rows, i64 most) const;
+  std::vector<Task> inner_tasks(i64 columns) const;
+  void multiply_rows(const Rows& a, i64 r, i64 rows, const char* b, i64 ldb, i64 first, i64 cols, i64 depth,
+                     const Panes& to) const;
+  i64 packed_bytes(i64 cols) const { return kWordsATime * chunks(cols, p_.columns) * p_.columns * 4; }
   void activate(const Rows& x, const Rows& hidden, void* pre_AG) const;
   void activate_backward(const Rows& grad, const void* pre_AG, const Rows& grad_pre, const Rows& weighted,
                          float* parts) const;
-  using Pack = std::function<void(i64 expert, i64 first, i64 cols, void* panel)>;
-  void sum_by_token(const Rows& rows, i64 depth, const float* weights, const void* bias_ED, void* out_TD, int dtype,
-                    const Pack& pack) const;
+  using Add = std::function<void(i64 expert, i64 row, i64 rows, const Share& to)>;
+  size_t sum_bytes() const { return Workspace::size_of<float>(chunks(s_.hidden, p_.columns) * p_.columns * s_.tokens); }
+  void sum_by_token(Workspace& memory, void* out_TD, int dtype, const Add& add) const;
+  void add_rows(const float* c, i64 row, i64 rows, i64 first, const float* weights, const void* bias_ED, i64 expert,
+                const Share& to) const;
+  void sum_input_gradient(Workspace& memory, const Rows& grad_pre, void* grad_x_TD) const;
   struct Side {
     Rows rows;
     i64 width;
@@ -125,110 +168,155 @@ Rows Layer::gather(Workspace& memory, const void* from, int dtype) const {
   return rows;
 }
 
-// Each part of each expert that has rows.
-std::vector<Task> Layer::row_tasks(i64 parts) const {
+// So many panels that their sums for so many rows stay in L2.
+i64 Layer::panels_that_fit(i64 rows, i64 most) const {
+  return std::clamp<i64>(kSumBytes / (4 * p_.columns * std::min(rows, kRowsATask)), 1, std::max<i64>(most, 1));
+}
+
+// The inner columns of each expert that has rows, `columns` of them to a panel: no task is more than a quarter of what
+// a thread has to do.
+std::vector<Task> Layer::inner_tasks(i64 columns) const {
   std::vector<Task> tasks;
-  for (i64 e = 0; e < s_.experts; ++e)
-    if (order_.first[e + 1] > order_.first[e])
-      for (i64 part = 0; part < parts; ++part)
-        tasks.push_back({e, order_.first[e], order_.first[e + 1] - order_.first[e], part});
+  for (i64 e = 0; e < s_.experts; ++e) {
+    const i64 row = order_.first[e], rows = order_.first[e + 1] - row;
+    if (!rows) continue;
+    const i64 most = chunks(chunks(s_.inner.inner * order_.rows(), 4 * s_.threads * rows), columns);
+    const i64 cols = columns * panels_that_fit(rows, most);
+    for (i64 first = 0; first < s_.inner.inner; first += cols)
+      tasks.push_back({e, row, rows, first, std::min(cols, s_.inner.inner - first)});
+  }
   return tasks;
 }
 
 void Layer::activate(const Rows& x, const Rows& hidden, void* pre_AG) const {
-  const i64 cols = s_.inner.gated ? p_.columns / 2 : p_.columns, inner = s_.inner.inner, width = s_.inner.width();
-  const std::vector<Task> tasks = row_tasks(chunks(inner, cols));
-  const i64 panel_bytes = words(s_.hidden) * p_.columns * 4;
+  const i64 half = s_.inner.gated ? p_.columns / 2 : p_.columns, inner = s_.inner.inner, width = s_.inner.width();
+  const std::vector<Task> tasks = inner_tasks(half);
   parallel_for(static_cast<i64>(tasks.size()), s_.threads, [&](i64 i) {
+    const Working working(p_);
     const Task& t = tasks[i];
-    char* panel = static_cast<char*>(thread_scratch(panel_bytes + kRowsATask * p_.columns * 4));
-    float* c = reinterpret_cast<float*>(panel + panel_bytes);
-    const i64 first = t.part * cols, some = std::min(cols, inner - first);
-    const char* weight = element(in_.in_proj_EGD, (t.expert * width + first) * s_.hidden);
-    const char* up = s_.inner.gated ? element(weight, inner * s_.hidden) : nullptr;
-    p_.pack_columns(weight, up, s_.hidden, some, s_.hidden, panel);
+    const Panes to(words(s_.hidden) * p_.columns * 4, chunks(t.cols, half) * tile(std::min(kRowsATask, t.rows)));
     const void* bias = in_.in_bias_EG ? element(in_.in_bias_EG, t.expert * width) : nullptr;
     for (i64 r = t.row; r < t.row + t.rows; r += kRowsATask) {
-      const i64 count = std::min(kRowsATask, t.row + t.rows - r);
-      p_.multiply(row(x, r), words(x.ld), panel, count, words(s_.hidden), c, false);
-      p_.activate(c, count, first, some, bias, pre_AG ? element(pre_AG, r * width) : nullptr, row(hidden, r),
-                  hidden.ld, s_.inner);
+      const i64 rows = std::min(kRowsATask, t.row + t.rows - r);
+      for (i64 at = 0; at < t.cols; at += half) {
+        const char* gate = element(in_.in_proj_EGD, (t.expert * width + t.first + at) * s_.hidden);
+        const char* up = s_.inner.gated ? element(gate, inner * s_.hidden) : nullptr;
+        p_.pack_columns(gate, up, s_.hidden, std::min(half, t.cols - at), s_.hidden, to.panels);
+        p_.multiply(row(x, r), words(x.ld), to.panels, rows, words(s_.hidden), to.c + at / half * tile(rows), false);
+      }
+      p_.activate(to.c, tile(rows), rows, t.first, t.cols, bias, pre_AG ? element(pre_AG, r * width) : nullptr,
+                  row(hidden, r), hidden.ld, s_.inner);
     }
   });
 }
 
-// out_t = Σ over the token's rows of weight · (row · B_expert + bias). A task owns some columns of some tokens and
-// goes through the experts in order, so that nothing is shared and every sum has one order.
-void Layer::sum_by_token(const Rows& rows, i64 depth, const float* weights, const void* bias_ED, void* out_TD,
-                         int dtype, const Pack& pack) const {
-  const i64 parts = chunks(s_.hidden, p_.columns);
-  const i64 splits = std::max<i64>(1, std::max(chunks(s_.tokens, kTokensATask),
-                                               std::min(chunks(2 * s_.threads, std::max<i64>(parts, 1)),
-                                                        chunks(s_.tokens, kRowsATask))));
-  const i64 share = chunks(s_.tokens, splits), panel_bytes = words(depth) * p_.columns * 4;
-  parallel_for(splits * parts, s_.threads, [&](i64 i) {
-    const i64 from = i / parts * share, to = std::min(s_.tokens, from + share);
+// c = rows of A · some columns of B, whose rows are rows of memory. Only some of its rows are packed at a time: long
+// pieces of a few pages are read twice as fast as pieces of a panel's width from every row.
+void Layer::multiply_rows(const Rows& a, i64 r, i64 rows, const char* b, i64 ldb, i64 first, i64 cols, i64 depth,
+                          const Panes& to) const {
+  for (i64 at = 0; at < depth; at += kWordsATime * p_.step) {
+    const i64 some = std::min(kWordsATime * p_.step, depth - at), panel_bytes = words(some) * p_.columns * 4;
+    p_.pack_elements(element(b, at * ldb), ldb, first, cols, some, to.panels);
+    for (i64 j = 0; j < chunks(cols, p_.columns); ++j)
+      p_.multiply(row(a, r) + at * p_.row_bytes, words(a.ld), to.panels + j * panel_bytes, rows, words(some),
+                  to.c + j * tile(rows), at > 0);
+  }
+}
+
+// out_t = Σ over the token's rows of what `add` adds. A task owns some columns of some tokens and goes through the
+// experts in order, so that nothing is shared and every sum has one order.
+void Layer::sum_by_token(Workspace& memory, void* out_TD, int dtype, const Add& add) const {
+  const i64 parts = chunks(s_.hidden, p_.columns), splits = chunks(s_.tokens, kTokensATask);
+  const i64 wide = std::max<i64>(1, chunks(parts, chunks(s_.threads, std::max<i64>(splits, 1)))) * p_.columns;
+  const i64 share = chunks(s_.tokens, std::max<i64>(splits, 1)), tasks = chunks(s_.hidden, wide);
+  float* const all = memory.take<float>(parts * p_.columns * s_.tokens);
+  parallel_for(splits * tasks, s_.threads, [&](i64 i) {
+    const Working working(p_);
+    const i64 from = i / tasks * share, to = std::min(s_.tokens, from + share);
     if (from >= to) return;
-    const i64 first = i % parts * p_.columns, cols = std::min(p_.columns, s_.hidden - first);
-    const i64 row_bytes = p_.columns * 4;
-    char* panel = static_cast<char*>(thread_scratch(panel_bytes + (kRowsATask + to - from) * row_bytes));
-    float* c = reinterpret_cast<float*>(panel + panel_bytes);
-    float* sums = c + kRowsATask * p_.columns;
-    std::memset(sums, 0, (to - from) * row_bytes);
+    const i64 first = i % tasks * wide, end = std::min(s_.hidden, first + wide), tile = (to - from) * p_.columns;
+    const Share mine{from, first, end, tile, all + from * parts * p_.columns + first * (to - from)};
+    std::memset(mine.sums, 0, chunks(end - first, p_.columns) * tile * 4);
     for (i64 e = 0; e < s_.experts; ++e) {
-      const auto begin = order_.tokens.begin() + order_.first[e], end = order_.tokens.begin() + order_.first[e + 1];
-      const i64 r0 = std::lower_bound(begin, end, from) - order_.tokens.begin();
-      const i64 r1 = std::lower_bound(begin, end, to) - order_.tokens.begin();
-      if (r0 == r1) continue;
-      pack(e, first, cols, panel);
-      for (i64 r = r0; r < r1; r += kRowsATask) {
-        const i64 count = std::min(kRowsATask, r1 - r);
-        p_.multiply(row(rows, r), words(rows.ld), panel, count, words(depth), c, false);
-        p_.add_to_tokens(c, count, &order_.tokens[r], from, weights ? weights + r : nullptr,
-                         bias_ED ? element(bias_ED, e * s_.hidden + first) : nullptr, cols, sums);
-      }
+      const auto begin = order_.tokens.begin() + order_.first[e], last = order_.tokens.begin() + order_.first[e + 1];
+      const i64 r0 = std::lower_bound(begin, last, from) - order_.tokens.begin();
+      const i64 r1 = std::lower_bound(begin, last, to) - order_.tokens.begin();
+      if (r0 < r1) add(e, r0, r1 - r0, mine);
     }
-    char* out = static_cast<char*>(out_TD) + (from * s_.hidden + first) * static_cast<i64>(element_size(dtype));
-    p_.store(sums, to - from, cols, out, s_.hidden, dtype);
+    const float* sums = mine.sums;
+    for (i64 at = first; at < end; at += p_.columns, sums += tile)
+      p_.store(sums, to - from, std::min(p_.columns, end - at),
+               static_cast<char*>(out_TD) + (from * s_.hidden + at) * static_cast<i64>(element_size(dtype)), s_.hidden,
+               dtype);
   });
+}
+
+// A panel of products, columns from `first`, to the sums of their tokens.
+void Layer::add_rows(const float* c, i64 row, i64 rows, i64 first, const float* weights, const void* bias_ED,
+                     i64 expert, const Share& to) const {
+  p_.add_to_tokens(c, rows, &order_.tokens[row], to.from, weights ? weights + row : nullptr,
+                   bias_ED ? element(bias_ED, expert * s_.hidden + first) : nullptr,
+                   std::min(p_.columns, to.end - first), to.sums + (first - to.first) / p_.columns * to.tile);
 }
 
 void Layer::forward(void* out_TD, void* pre_AG) {
-  Workspace memory(bytes_of(order_.rows(), s_.hidden) + bytes_of(order_.rows(), s_.inner.inner));
-  const Rows hidden = new_rows(memory, order_.rows(), s_.inner.inner);
-  activate(gather(memory, in_.x_TD, s_.dtype), hidden, pre_AG);
   const i64 inner = s_.inner.inner;
-  sum_by_token(hidden, inner, order_.weights.data(), in_.down_bias_ED, out_TD, s_.out_dtype,
-               [&](i64 expert, i64 first, i64 cols, void* panel) {
-                 const char* weight = element(in_.down_proj_EDF, (expert * s_.hidden + first) * inner);
-                 p_.pack_columns(weight, nullptr, inner, cols, inner, panel);
-               });
+  Workspace memory(bytes_of(order_.rows(), s_.hidden) + bytes_of(order_.rows(), inner) + sum_bytes());
+  const Rows hidden = new_rows(memory, order_.rows(), inner);
+  activate(gather(memory, in_.x_TD, s_.dtype), hidden, pre_AG);
+  sum_by_token(memory, out_TD, s_.out_dtype, [&](i64 expert, i64 from, i64 count, const Share& to) {
+    const Panes mine(words(inner) * p_.columns * 4, tile(kRowsATime));
+    for (i64 first = to.first; first < to.end; first += p_.columns) {
+      p_.pack_columns(element(in_.down_proj_EDF, (expert * s_.hidden + first) * inner), nullptr, inner,
+                      std::min(p_.columns, to.end - first), inner, mine.panels);
+      for (i64 r = from; r < from + count; r += kRowsATime) {
+        const i64 rows = std::min(kRowsATime, from + count - r);
+        p_.multiply(row(hidden, r), words(hidden.ld), mine.panels, rows, words(inner), mine.c, false);
+        add_rows(mine.c, r, rows, first, order_.weights.data(), in_.down_bias_ED, expert, to);
+      }
+    }
+  });
 }
 
 // Everything that follows from the gradient of the hidden rows; what is null is not wanted.
 void Layer::activate_backward(const Rows& grad, const void* pre_AG, const Rows& grad_pre, const Rows& weighted,
                               float* parts) const {
   const i64 inner = s_.inner.inner, count = chunks(inner, p_.columns);
-  const std::vector<Task> tasks = row_tasks(count);
-  const i64 panel_bytes = words(s_.hidden) * p_.columns * 4;
+  const std::vector<Task> tasks = inner_tasks(p_.columns);
   const bool product = grad_pre.data || parts;
   parallel_for(static_cast<i64>(tasks.size()), s_.threads, [&](i64 i) {
+    const Working working(p_);
     const Task& t = tasks[i];
-    char* panel = static_cast<char*>(thread_scratch(panel_bytes + kRowsATask * p_.columns * 4));
-    float* c = reinterpret_cast<float*>(panel + panel_bytes);
-    const i64 first = t.part * p_.columns, some = std::min(p_.columns, inner - first);
-    if (product)
-      p_.pack_elements(element(in_.down_proj_EDF, t.expert * s_.hidden * inner), inner, first, some, s_.hidden,
-                       panel);
-    else
-      std::memset(c, 0, kRowsATask * p_.columns * 4);
+    const i64 sums = chunks(t.cols, p_.columns) * tile(std::min(kRowsATask, t.rows));
+    const Panes to(packed_bytes(t.cols), sums);
+    if (!product) std::memset(to.c, 0, sums * 4);
     for (i64 r = t.row; r < t.row + t.rows; r += kRowsATask) {
       const i64 rows = std::min(kRowsATask, t.row + t.rows - r);
-      if (product) p_.multiply(row(grad, r), words(grad.ld), panel, rows, words(s_.hidden), c, false);
-      p_.activate_backward(c, rows, first, some, element(pre_AG, r * s_.inner.width()), &order_.weights[r],
-                           grad_pre.data ? row(grad_pre, r) : nullptr, grad_pre.ld,
+      if (product)
+        multiply_rows(grad, r, rows, element(in_.down_proj_EDF, t.expert * s_.hidden * inner), inner, t.first, t.cols,
+                      s_.hidden, to);
+      p_.activate_backward(to.c, tile(rows), rows, t.first, t.cols, element(pre_AG, r * s_.inner.width()),
+                           &order_.weights[r], grad_pre.data ? row(grad_pre, r) : nullptr, grad_pre.ld,
                            weighted.data ? row(weighted, r) : nullptr, weighted.ld,
-                           parts ? parts + r * count + t.part : nullptr, count, s_.inner);
+                           parts ? parts + r * count + t.first / p_.columns : nullptr, count, s_.inner);
+    }
+  });
+}
+
+void Layer::sum_input_gradient(Workspace& memory, const Rows& grad_pre, void* grad_x_TD) const {
+  const i64 width = s_.inner.width();
+  sum_by_token(memory, grad_x_TD, s_.dtype, [&](i64 expert, i64 from, i64 count, const Share& to) {
+    for (i64 r = from; r < from + count; r += kRowsATask) {
+      const i64 rows = std::min(kRowsATask, from + count - r);
+      const i64 most = p_.columns * panels_that_fit(rows, chunks(to.end - to.first, p_.columns));
+      const Panes mine(packed_bytes(most), most / p_.columns * tile(rows));
+      for (i64 first = to.first; first < to.end; first += most) {
+        const i64 cols = std::min(most, to.end - first);
+        multiply_rows(grad_pre, r, rows, element(in_.in_proj_EGD, expert * width * s_.hidden), s_.hidden, first, cols,
+                      width, mine);
+        for (i64 j = 0; j * p_.columns < cols; ++j)
+          add_rows(mine.c + j * tile(rows), r, rows, first + j * p_.columns, nullptr, nullptr, expert, to);
+      }
     }
   });
 }
@@ -236,50 +324,49 @@ void Layer::activate_backward(const Rows& grad, const void* pre_AG, const Rows& 
 // out_E = Σ over the rows of each expert of left ⊗ right, and bias_E = Σ weights · left.
 void Layer::outer(const Side& left, const Side& right, const float* weights, void* out, void* bias) const {
   std::vector<Task> tasks;
+  const i64 cols = std::min(kOuterRows, chunks(s_.experts * left.width, 4 * s_.threads * kRowStep) * kRowStep);
   for (i64 e = 0; e < s_.experts; ++e)
-    for (i64 m = 0; m < left.width; m += kOuterRows) tasks.push_back({e, m, std::min(kOuterRows, left.width - m), 0});
+    for (i64 first = 0, row = order_.first[e]; first < left.width; first += cols)
+      tasks.push_back({e, row, order_.first[e + 1] - row, first, std::min(cols, left.width - first)});
   parallel_for(static_cast<i64>(tasks.size()), s_.threads, [&](i64 i) {
+    const Working working(p_);
     const Task& t = tasks[i];
-    const i64 from = order_.first[t.expert], count = order_.first[t.expert + 1] - from;
     if (bias)
-      p_.sum_rows(row(left.rows, from), left.rows.ld, count, weights ? weights + from : nullptr, t.row, t.rows,
-                  element(bias, t.expert * left.width + t.row));
-    if (out) outer_task(t, left, right, element(out, (t.expert * left.width + t.row) * right.width));
+      p_.sum_rows(row(left.rows, t.row), left.rows.ld, t.rows, weights ? weights + t.row : nullptr, t.first, t.cols,
+                  element(bias, t.expert * left.width + t.first));
+    if (out) outer_task(t, left, right, element(out, (t.expert * left.width + t.first) * right.width));
   });
 }
 
 void Layer::outer_task(const Task& t, const Side& left, const Side& right, void* out) const {
-  const i64 begin = order_.first[t.expert], end = order_.first[t.expert + 1];
-  if (begin == end) {
-    std::memset(out, 0, t.rows * right.width * element_size(s_.dtype));
+  if (!t.rows) {
+    std::memset(out, 0, t.cols * right.width * element_size(s_.dtype));
     return;
   }
-  const i64 deepest = std::min(kOuterDepth, end - begin), parts = chunks(right.width, p_.columns);
-  const i64 rows = chunks(t.rows, kRowStep) * kRowStep, tile = rows * p_.columns;
-  const i64 tiles = end - begin > kOuterDepth ? parts : 1;
+  const i64 deepest = std::min(kOuterDepth, t.rows), parts = chunks(right.width, p_.columns);
+  const i64 kept = t.rows > kOuterDepth ? parts : 1;  // panels of sums that are added to later
   const i64 panel_bytes = words(deepest) * p_.columns * 4;
-  const i64 turned_bytes = static_cast<i64>(Workspace::size_of<float>(words(deepest) * rows));
-  char* panel = static_cast<char*>(thread_scratch(panel_bytes + turned_bytes + tiles * tile * 4));
-  char* turned = panel + panel_bytes;
-  float* c = reinterpret_cast<float*>(turned + turned_bytes);
-  for (i64 from = begin; from < end; from += kOuterDepth) {
-    const i64 depth = std::min(kOuterDepth, end - from);
-    p_.turn(row(left.rows, from), left.rows.ld, t.row, t.rows, depth, turned, words(deepest));
+  const i64 turned_bytes = words(deepest) * chunks(t.cols, kRowStep) * kRowStep * 4;
+  const Panes to(panel_bytes + turned_bytes, kept * tile(t.cols));
+  char* const turned = to.panels + panel_bytes;
+  for (i64 from = t.row; from < t.row + t.rows; from += kOuterDepth) {
+    const i64 depth = std::min(kOuterDepth, t.row + t.rows - from);
+    p_.turn(row(left.rows, from), left.rows.ld, t.first, t.cols, depth, turned, words(deepest));
     for (i64 part = 0; part < parts; ++part) {
       const i64 first = part * p_.columns, cols = std::min(p_.columns, right.width - first);
-      float* sums = c + (tiles > 1 ? part * tile : 0);
-      p_.pack_rows(row(right.rows, from), right.rows.ld, first, cols, depth, panel);
-      p_.multiply(turned, words(deepest), panel, t.rows, words(depth), sums, from > begin);
-      if (from + depth == end) p_.store(sums, t.rows, cols, element(out, first), right.width, s_.dtype);
+      float* const sums = to.c + part % kept * tile(t.cols);
+      p_.pack_rows(row(right.rows, from), right.rows.ld, first, cols, depth, to.panels);
+      p_.multiply(turned, words(deepest), to.panels, t.cols, words(depth), sums, from > t.row);
+      if (from + depth == t.row + t.rows) p_.store(sums, t.cols, cols, element(out, first), right.width, s_.dtype);
     }
   }
 }
 
 // d weight = grad · (expert's output, its bias included); the parts of a row are summed in order.
 void Layer::router_gradient(const Rows& grad, const float* parts, i64 count, float* out_A) const {
-  parallel_for(chunks(s_.assignments, kRowsATask), s_.threads, [&](i64 i) {
+  parallel_for(chunks(s_.assignments, kRowsATime), s_.threads, [&](i64 i) {
     i64 e = 0;
-    for (i64 r = i * kRowsATask; r < std::min(s_.assignments, (i + 1) * kRowsATask); ++r) {
+    for (i64 r = i * kRowsATime; r < std::min(s_.assignments, (i + 1) * kRowsATime); ++r) {
       float sum = 0.0f;
       if (r < order_.rows()) {
         for (i64 part = 0; part < count; ++part) sum += parts[r * count + part];
@@ -296,7 +383,7 @@ void Layer::backward(const void* grad_TD, const void* pre_AG, const MlpGradients
   const i64 rows = order_.rows(), inner = s_.inner.inner, width = s_.inner.width(), hidden = s_.hidden;
   const i64 parts = chunks(inner, p_.columns);
   Workspace memory(2 * bytes_of(rows, hidden) + bytes_of(rows, width) + bytes_of(rows, inner) +
-                   Workspace::size_of<float>(rows * parts));
+                   Workspace::size_of<float>(rows * parts) + sum_bytes());
   const Rows grad = gather(memory, grad_TD, s_.out_dtype);
   Rows grad_pre, weighted;
   if (out.x_TD || out.in_proj_EGD || out.in_bias_EG) grad_pre = new_rows(memory, rows, width);
@@ -304,12 +391,7 @@ void Layer::backward(const void* grad_TD, const void* pre_AG, const MlpGradients
   float* sums = out.weights_A ? memory.take<float>(rows * parts) : nullptr;
   if (grad_pre.data || weighted.data || sums) activate_backward(grad, pre_AG, grad_pre, weighted, sums);
   if (out.weights_A) router_gradient(grad, sums, parts, out.weights_A);
-  if (out.x_TD)
-    sum_by_token(grad_pre, width, nullptr, nullptr, out.x_TD, s_.dtype,
-                 [&](i64 expert, i64 first, i64 cols, void* panel) {
-                   p_.pack_elements(element(in_.in_proj_EGD, expert * width * hidden), hidden, first, cols, width,
-                                    panel);
-                 });
+  if (out.x_TD) sum_input_gradient(memory, grad_pre, out.x_TD);
   if (out.in_proj_EGD || out.in_bias_EG)
     outer({grad_pre, width}, {gather(memory, in_.x_TD, s_.dtype), hidden}, nullptr, out.in_proj_EGD, out.in_bias_EG);
   if (out.down_proj_EDF || out.down_bias_ED)

@@ -14,19 +14,18 @@ void convert(const From* from, i64 n, To* to) {
 
 // The row ends with a whole word: what is past its last number must not be a NaN.
 template <class R>
-inline void end_row(R* row, i64 n, i64 ld) {
-  for (; n < ld; ++n) row[n] = 0;
+inline void end_row(R* row, i64 n) {
+  for (; n * sizeof(R) % 4; ++n) row[n] = 0;
 }
 
 template <class W>
 void to_row(const void* from, int dtype, i64 n, void* row) {
   using R = typename Word<W>::Element;
-  constexpr int kStep = Word<W>::kStep;
   if (dtype == kF32)
     convert(static_cast<const float*>(from), n, static_cast<R*>(row));
   else
     convert(static_cast<const BF16*>(from), n, static_cast<R*>(row));
-  end_row(static_cast<R*>(row), n, (n + kStep - 1) / kStep * kStep);
+  end_row(static_cast<R*>(row), n);
 }
 
 template <class W>
@@ -53,53 +52,65 @@ void turn(const void* rows, i64 ld, i64 first, i64 m, i64 k, void* words, i64 wo
 
 // ---- the inner rows --------------------------------------------------------------------------------------------
 
+// c's panels lie `tile` numbers apart: a row of all of them is written at a time, since rows are pages apart.
 template <class E, class R, int A, bool Gated>
-void activate_rows(const float* c, i64 rows, i64 first, i64 cols, const E* bias, E* pre, R* hidden, i64 hidden_ld,
-                   i64 inner) {
+void activate_rows(const float* c, i64 tile, i64 rows, i64 first, i64 cols, const E* bias, E* pre, R* hidden,
+                   i64 hidden_ld, i64 inner) {
+  constexpr i64 kCols = Gated ? kPanel / 2 : kPanel;
   for (i64 row = 0; row < rows; ++row, c += kPanel, hidden += hidden_ld) {
-    for (i64 j = 0; j < cols; j += kLanes) {
-      const i64 n = cols - j;
-      VecF gate = load_as<VecF>(c + j), up = {};
-      if constexpr (Gated) up = load_as<VecF>(c + kPanel / 2 + j);
-      if (bias) {
-        gate += read(bias + first + j, n);
-        if constexpr (Gated) up += read(bias + inner + first + j, n);
+    const float* panel = c;
+    for (i64 from = 0; from < cols; from += kCols, panel += tile)
+      for (i64 j = 0; j < kCols; j += kLanes) {
+        const i64 at = first + from + j, n = cols - from - j;
+        if (n <= 0) break;
+        VecF gate = load_as<VecF>(panel + j), up = {};
+        if constexpr (Gated) up = load_as<VecF>(panel + kPanel / 2 + j);
+        if (bias) {
+          gate += read(bias + at, n);
+          if constexpr (Gated) up += read(bias + inner + at, n);
+        }
+        if (pre) {
+          write(pre + at, gate, n);
+          if constexpr (Gated) write(pre + inner + at, up, n);
+        }
+        const VecF act = activation<A>(gate);
+        write(hidden + at, Gated ? act * up : act, n);
       }
-      if (pre) {
-        write(pre + first + j, gate, n);
-        if constexpr (Gated) write(pre + inner + first + j, up, n);
-      }
-      const VecF act = activation<A>(gate);
-      write(hidden + first + j, Gated ? act * up : act, n);
-    }
-    if (first + cols == inner) end_row(hidden, inner, hidden_ld);
+    if (first + cols == inner) end_row(hidden, inner);
     if (pre) pre += Gated ? 2 * inner : inner;
   }
 }
 
 template <class E, class R, int A, bool Gated>
-void activate_rows_backward(const float* c, i64 rows, i64 first, i64 cols, const E* pre, const float* weights,
-                            R* grad_pre, i64 grad_ld, R* weighted, i64 hidden_ld, float* grad_weight,
-                            i64 grad_weight_ld, i64 inner) {
+void activate_rows_backward(const float* c, i64 tile, i64 rows, i64 first, i64 cols, const E* pre,
+                            const float* weights, R* grad_pre, i64 grad_ld, R* weighted, i64 hidden_ld,
+                            float* grad_weight, i64 grad_weight_ld, i64 inner) {
   const i64 width = Gated ? 2 * inner : inner;
   for (i64 row = 0; row < rows; ++row, c += kPanel, pre += width) {
-    VecF sum = {};
-    for (i64 j = 0; j < cols; j += kLanes) {
-      const i64 n = cols - j, at = first + j;
-      const VecF gate = read(pre + at, n), grad = load_as<VecF>(c + j);
-      VecF up = VecF{} + 1.0f;
-      if constexpr (Gated) up = read(pre + inner + at, n);
-      VecF slope;
-      const VecF act = activation<A>(gate, slope), hidden = act * up, own = grad * weights[row];
-      sum += grad * hidden;  // the columns past `cols` are zeros in c
-      if (grad_pre) {
-        write(grad_pre + row * grad_ld + at, own * up * slope, n);
-        if constexpr (Gated) write(grad_pre + row * grad_ld + inner + at, own * act, n);
+    const float* panel = c;
+    for (i64 from = 0; from < cols; from += kPanel, panel += tile) {
+      VecF sum = {};
+      for (i64 j = 0; j < kPanel; j += kLanes) {
+        const i64 at = first + from + j, n = cols - from - j;
+        if (n <= 0) break;
+        __builtin_prefetch(panel + 2 * kPanel + j);  // rows below are far apart
+        __builtin_prefetch(pre + width + at);
+        if constexpr (Gated) __builtin_prefetch(pre + width + inner + at);
+        const VecF gate = read(pre + at, n), grad = load_as<VecF>(panel + j);
+        VecF up = VecF{} + 1.0f;
+        if constexpr (Gated) up = read(pre + inner + at, n);
+        VecF slope;
+        const VecF act = activation<A>(gate, slope), hidden = act * up, own = grad * weights[row];
+        sum += grad * hidden;  // the columns past `cols` are zeros in c
+        if (grad_pre) {
+          write(grad_pre + row * grad_ld + at, own * up * slope, n);
+          if constexpr (Gated) write(grad_pre + row * grad_ld + inner + at, own * act, n);
+        }
+        if (weighted) write(weighted + row * hidden_ld + at, hidden * weights[row], n);
       }
-      if (weighted) write(weighted + row * hidden_ld + at, hidden * weights[row], n);
+      if (grad_weight) grad_weight[row * grad_weight_ld + from / kPanel] = sum_lanes(sum);
     }
-    if (grad_pre && first + cols == inner) end_row(grad_pre + row * grad_ld, width, grad_ld);
-    if (grad_weight) grad_weight[row * grad_weight_ld] = sum_lanes(sum);
+    if (grad_pre && first + cols == inner) end_row(grad_pre + row * grad_ld, width);
   }
 }
 
@@ -112,24 +123,24 @@ inline void with_inner(const Inner& inner, const Body& body) {
 }
 
 template <class E, class W>
-void activate(const float* c, i64 rows, i64 first, i64 cols, const void* bias, void* pre, void* hidden, i64 hidden_ld,
-              const Inner& inner) {
+void activate(const float* c, i64 tile, i64 rows, i64 first, i64 cols, const void* bias, void* pre, void* hidden,
+              i64 hidden_ld, const Inner& inner) {
   using R = typename Word<W>::Element;
   with_inner(inner, [&](auto act, auto gated) {
-    activate_rows<E, R, act.value, gated.value>(c, rows, first, cols, static_cast<const E*>(bias),
+    activate_rows<E, R, act.value, gated.value>(c, tile, rows, first, cols, static_cast<const E*>(bias),
                                                 static_cast<E*>(pre), static_cast<R*>(hidden), hidden_ld,
                                                 inner.inner);
   });
 }
 
 template <class E, class W>
-void activate_backward(const float* c, i64 rows, i64 first, i64 cols, const void* pre, const float* weights,
-                       void* grad_pre, i64 grad_ld, void* weighted, i64 hidden_ld, float* grad_weight,
+void activate_backward(const float* c, i64 tile, i64 rows, i64 first, i64 cols, const void* pre,
+                       const float* weights, void* grad_pre, i64 grad_ld, void* weighted, i64 hidden_ld, float* grad_weight,
                        i64 grad_weight_ld, const Inner& inner) {
   using R = typename Word<W>::Element;
   with_inner(inner, [&](auto act, auto gated) {
     activate_rows_backward<E, R, act.value, gated.value>(
-        c, rows, first, cols, static_cast<const E*>(pre), weights, static_cast<R*>(grad_pre), grad_ld,
+        c, tile, rows, first, cols, static_cast<const E*>(pre), weights, static_cast<R*>(grad_pre), grad_ld,
         static_cast<R*>(weighted), hidden_ld, grad_weight, grad_weight_ld, inner.inner);
   });
 }
@@ -157,8 +168,13 @@ void add_to_tokens(const float* c, i64 rows, const i64* place, i64 from, const f
 #if defined(__AVX512F__)
 inline void stream_line(float* out, const float* c) { _mm512_stream_ps(out, _mm512_loadu_ps(c)); }
 inline void stream_line(BF16* out, const float* c) {
+#if defined(__AVX512BF16__)
+  const __m512i line = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(c + kLanes), _mm512_loadu_ps(c));
+#else
   const __m256i low = (__m256i)to_bf16(load_as<VecF>(c)), high = (__m256i)to_bf16(load_as<VecF>(c + kLanes));
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(out), _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+  const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+#endif
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(out), line);
 }
 template <class To>
 inline i64 stream_lines(To* out, const float* c, i64 n) {
@@ -181,7 +197,6 @@ template <class To>
 void store_rows(const float* c, i64 rows, i64 cols, To* out, i64 ld) {
   for (i64 row = 0; row < rows; ++row, c += kPanel, out += ld)
     for (i64 j = stream_lines(out, c, cols); j < cols; j += kLanes) write(out + j, load_as<VecF>(c + j), cols - j);
-  end_stream();
 }
 
 inline void store(const float* c, i64 rows, i64 cols, void* out, i64 ld, int dtype) {
@@ -214,8 +229,11 @@ float dot_row(const void* row, const void* elements, i64 n) {
   return sum_lanes(sum);
 }
 
+inline void nothing() {}
+
 template <class E, class W>
-constexpr Panels panel_table(decltype(Panels::multiply) product = multiply<W>) {
+constexpr Panels panel_table(decltype(Panels::multiply) product = multiply<W>, void (*begin)() = nothing,
+                             void (*end)() = end_stream) {
   using R = typename Word<W>::Element;
   return {kPanel,
           Word<W>::kStep,
@@ -231,7 +249,9 @@ constexpr Panels panel_table(decltype(Panels::multiply) product = multiply<W>) {
           add_to_tokens<E>,
           store,
           sum_rows<E, W>,
-          dot_row<E, W>};
+          dot_row<E, W>,
+          begin,
+          end};
 }
 
 }  // namespace

@@ -115,26 +115,36 @@ inline VecU words_at(const BF16* row, const BF16* next, i64 cols, std::uint32_t)
   return next ? low | (widen(halves_at(next, cols)) << 16) : low;
 }
 
-constexpr i64 kRowsAhead = 16;  // the hardware follows no piece of a row to the piece below it
+constexpr i64 kRowsAtATime = 16;  // as many rows as the hardware follows and fetches ahead
 
-// B's rows are rows of memory, columns from `first`.
+// B's rows are rows of memory, columns from `first`. More columns than one panel's go to panels that follow each other.
 template <class E, class W>
-void pack_rows(const void* b, i64 ldb, i64 first, i64 cols, i64 k, void* panel) {
-  constexpr int kStep = Word<W>::kStep;
-  const E* base = static_cast<const E*>(b) + first;
-  W* out = static_cast<W*>(panel);
-  for (i64 at = 0; at < k; at += kStep) {
-    const E* row = base + at * ldb;
-    for (i64 ahead = at + kRowsAhead; ahead < at + kRowsAhead + kStep && ahead < k; ++ahead)
-      for (i64 col = 0; col < cols; col += 64 / static_cast<i64>(sizeof(E))) __builtin_prefetch(base + ahead * ldb + col);
-    const E* next = at + kStep - 1 < k ? row + (kStep - 1) * ldb : nullptr;
-    for (i64 col = 0; col < kPanel; col += kLanes, out += kLanes) {
-      if (col >= cols) {
-        __builtin_memset(out, 0, kLanes * 4);
-        continue;
+void pack_rows(const void* b, i64 ldb, i64 first, i64 cols, i64 k, void* panels) {
+  constexpr i64 kStep = Word<W>::kStep, kLine = 64 / static_cast<i64>(sizeof(E));
+  constexpr i64 kAhead = kBytesAheadOfPacking / static_cast<i64>(sizeof(E));
+  const i64 panel_words = (k + kStep - 1) / kStep * kPanel;
+  const E* rows = static_cast<const E*>(b) + first;
+  W* out = static_cast<W*>(panels);
+  for (i64 at = 0; at < k; at += kRowsAtATime, rows += kRowsAtATime * ldb, out += kRowsAtATime / kStep * kPanel) {
+    const i64 some = k - at < kRowsAtATime ? k - at : kRowsAtATime;
+    for (i64 line = 0; line < cols || line % kPanel; line += kPanel < kLine ? kPanel : kLine) {
+      const i64 beyond = line + kAhead - cols;  // the rows below follow
+      const E* const ahead = beyond < 0 ? rows + line + kAhead : rows + kRowsAtATime * ldb + beyond;
+      W* const words_out = out + line / kPanel * panel_words + line % kPanel;
+      for (i64 r = 0; r < some; r += kStep) {
+        const E *row = rows + r * ldb, *next = r + kStep - 1 < some ? row + (kStep - 1) * ldb : nullptr;
+        for (i64 i = 0; i < kStep; ++i) __builtin_prefetch(ahead + (r + i) * ldb);
+        for (i64 j = 0; j < kLine && j < kPanel; j += kLanes) {
+          const i64 col = line + j;
+          W* const place = words_out + r / kStep * kPanel + j;
+          if (col >= cols) {
+            __builtin_memset(place, 0, kLanes * 4);
+            continue;
+          }
+          const auto words = words_at(row + col, next ? next + col : nullptr, cols - col, W{});
+          __builtin_memcpy(place, &words, sizeof words);
+        }
       }
-      const auto words = words_at(row + col, next ? next + col : nullptr, cols - col, W{});
-      __builtin_memcpy(out, &words, sizeof words);
     }
   }
 }

@@ -94,11 +94,19 @@ void one_row(const Operand& a, const char* b, const char* last, i64 steps, float
   _tile_stored(1, out + kRight, kAcross);
 }
 
-void multiply_tiles(const void* a, i64 ld, const void* panel, i64 rows, i64 words, float* c, bool add) {
-  alignas(64) char copies[2][kTile * kPass * 4], end[kTile * kAcross];
+void begin_tiles() {
   const TileShapes shapes;
   written();
   _tile_loadconfig(&shapes);
+}
+
+void end_tiles() {
+  _tile_release();
+  end_stream();
+}
+
+void multiply_tiles(const void* a, i64 ld, const void* panel, i64 rows, i64 words, float* c, bool add) {
+  alignas(64) char copies[2][kTile * kPass * 4], end[kTile * kAcross];
   i64 at = 0;
   do {
     const i64 depth = words - at < kPass ? words - at : kPass, steps = (depth + kTile - 1) / kTile;
@@ -125,11 +133,11 @@ void multiply_tiles(const void* a, i64 ld, const void* panel, i64 rows, i64 word
     }
     at += depth;
   } while (at < words);
-  _tile_release();
 }
 
 }  // namespace
 }  // namespace moekit
 
 const moekit::Panels moekit::panels_amx_bf16[2] = {
-    moekit::panel_table<float, float>(), moekit::panel_table<moekit::BF16, std::uint32_t>(moekit::multiply_tiles)};
+    moekit::panel_table<float, float>(), moekit::panel_table<moekit::BF16, std::uint32_t>(
+                                             moekit::multiply_tiles, moekit::begin_tiles, moekit::end_tiles)};

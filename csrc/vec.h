@@ -62,12 +62,16 @@ inline float to_f32(BF16 h) {
   return v;
 }
 
-// Round to nearest, ties to even; a NaN stays a NaN.
+// Round to nearest, ties to even; a NaN stays a NaN. What is below 2^-126 becomes zero where the CPU rounds.
 inline VecH to_bf16(VecF v) {
+#if defined(__AVX512BF16__)
+  return (VecH)_mm512_cvtneps_pbh((__m512)v);
+#else
   const VecU bits = (VecU)v;
   const VecU nan = (VecU)((bits & 0x7fffffffu) > 0x7f800000u);
   const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return __builtin_convertvector((nan & ((bits >> 16) | 0x40u)) | (~nan & rounded), VecH);
+#endif
 }
 
 inline void store_some(float* p, VecF v, long n) { __builtin_memcpy(p, &v, n * 4); }
