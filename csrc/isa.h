@@ -91,7 +91,8 @@ struct Panels {
   // acc[place[r] - from] += weights[r] · (c[r] + bias); weights and bias may be null.
   void (*add_to_tokens)(const float* c, i64 rows, const i64* place, i64 from, const float* weights, const void* bias,
                         i64 cols, float* acc);
-  void (*store)(const float* c, i64 rows, i64 cols, void* out, i64 ld, int dtype);
+  // Columns of c, whose panels lie `tile` numbers apart.
+  void (*store)(const float* c, i64 tile, i64 rows, i64 cols, void* out, i64 ld, int dtype);
   // out[j] = Σ_r weights[r] · row r [j] in elements; weights may be null.
   void (*sum_rows)(const void* rows, i64 ld, i64 n, const float* weights, i64 first, i64 cols, void* out);
   // Σ_j row[j] · element[j]

@@ -243,11 +243,9 @@ void Layer::sum_by_token(Workspace& memory, void* out_TD, int dtype, const Add& 
       const i64 r1 = std::lower_bound(begin, last, to) - order_.tokens.begin();
       if (r0 < r1) add(e, r0, r1 - r0, mine);
     }
-    const float* sums = mine.sums;
-    for (i64 at = first; at < end; at += p_.columns, sums += tile)
-      p_.store(sums, to - from, std::min(p_.columns, end - at),
-               static_cast<char*>(out_TD) + (from * s_.hidden + at) * static_cast<i64>(element_size(dtype)), s_.hidden,
-               dtype);
+    p_.store(mine.sums, tile, to - from, end - first,
+             static_cast<char*>(out_TD) + (from * s_.hidden + first) * static_cast<i64>(element_size(dtype)), s_.hidden,
+             dtype);
   });
 }
 
@@ -343,21 +341,23 @@ void Layer::outer_task(const Task& t, const Side& left, const Side& right, void*
     std::memset(out, 0, t.cols * right.width * element_size(s_.dtype));
     return;
   }
-  const i64 deepest = std::min(kOuterDepth, t.rows), parts = chunks(right.width, p_.columns);
-  const i64 kept = t.rows > kOuterDepth ? parts : 1;  // panels of sums that are added to later
+  const i64 deepest = std::min(kOuterDepth, t.rows), parts = chunks(right.width, p_.columns), down = tile(t.cols);
+  // Panels of sums: all of them if there is more to add later, else so many that they stay in L2.
+  const i64 kept = t.rows > kOuterDepth ? parts : std::clamp<i64>(kSumBytes / (down * 4), 1, parts);
   const i64 panel_bytes = words(deepest) * p_.columns * 4;
   const i64 turned_bytes = words(deepest) * chunks(t.cols, kRowStep) * kRowStep * 4;
-  const Panes to(panel_bytes + turned_bytes, kept * tile(t.cols));
+  const Panes to(panel_bytes + turned_bytes, kept * down);
   char* const turned = to.panels + panel_bytes;
   for (i64 from = t.row; from < t.row + t.rows; from += kOuterDepth) {
     const i64 depth = std::min(kOuterDepth, t.row + t.rows - from);
     p_.turn(row(left.rows, from), left.rows.ld, t.first, t.cols, depth, turned, words(deepest));
     for (i64 part = 0; part < parts; ++part) {
-      const i64 first = part * p_.columns, cols = std::min(p_.columns, right.width - first);
-      float* const sums = to.c + part % kept * tile(t.cols);
-      p_.pack_rows(row(right.rows, from), right.rows.ld, first, cols, depth, to.panels);
-      p_.multiply(turned, words(deepest), to.panels, t.cols, words(depth), sums, from > t.row);
-      if (from + depth == t.row + t.rows) p_.store(sums, t.cols, cols, element(out, first), right.width, s_.dtype);
+      const i64 first = part * p_.columns, end = std::min(first + p_.columns, right.width), at = part % kept;
+      p_.pack_rows(row(right.rows, from), right.rows.ld, first, end - first, depth, to.panels);
+      p_.multiply(turned, words(deepest), to.panels, t.cols, words(depth), to.c + at * down, from > t.row);
+      if (from + depth == t.row + t.rows && (at == kept - 1 || part == parts - 1))
+        p_.store(to.c, down, t.cols, end - first + at * p_.columns, element(out, first - at * p_.columns), right.width,
+                 s_.dtype);
     }
   }
 }

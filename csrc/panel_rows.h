@@ -164,46 +164,54 @@ void add_to_tokens(const float* c, i64 rows, const i64* place, i64 from, const f
 }
 
 // Whole lines of results that nobody reads soon go to memory without reading what was there: with 256 experts, whose
-// gradients are most of what a step moves, that is a tenth of it.
+// gradients are most of what a step moves, that is a tenth of it. `at(j)` is the vector of numbers from j.
+#if defined(__AVX2__)
+constexpr bool kStreams = true;
+template <class At>
+inline void stream_line(float* out, const At& at) {
 #if defined(__AVX512F__)
-inline void stream_line(float* out, const float* c) { _mm512_stream_ps(out, _mm512_loadu_ps(c)); }
-inline void stream_line(BF16* out, const float* c) {
-#if defined(__AVX512BF16__)
-  const __m512i line = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(c + kLanes), _mm512_loadu_ps(c));
+  _mm512_stream_ps(out, (__m512)at(0));
 #else
-  const __m256i low = (__m256i)to_bf16(load_as<VecF>(c)), high = (__m256i)to_bf16(load_as<VecF>(c + kLanes));
-  const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  for (i64 j = 0; j < 16; j += kLanes) _mm256_stream_ps(out + j, (__m256)at(j));
 #endif
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(out), line);
 }
-template <class To>
-inline i64 stream_lines(To* out, const float* c, i64 n) {
-  constexpr i64 kLine = 64 / sizeof(To);
-  i64 at = 0;
-  if (reinterpret_cast<std::uintptr_t>(out) % 64 == 0)
-    for (; at + kLine <= n; at += kLine) stream_line(out + at, c + at);
-  return at;
+template <class At>
+inline void stream_line(BF16* out, const At& at) {
+#if defined(__AVX512BF16__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(out), (__m512i)_mm512_cvtne2ps_pbh((__m512)at(kLanes), (__m512)at(0)));
+#elif defined(__AVX512F__)
+  const __m256i low = (__m256i)to_bf16(at(0)), high = (__m256i)to_bf16(at(kLanes));
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(out), _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+#else
+  for (i64 j = 0; j < 32; j += kLanes) _mm_stream_si128(reinterpret_cast<__m128i*>(out + j), (__m128i)to_bf16(at(j)));
+#endif
 }
 inline void end_stream() { _mm_sfence(); }
 #else
-template <class To>
-inline i64 stream_lines(To*, const float*, i64) {
-  return 0;
-}
+constexpr bool kStreams = false;
+template <class To, class At>
+inline void stream_line(To*, const At&) {}
 inline void end_stream() {}
 #endif
 
+// c's panels lie `tile` numbers apart.
 template <class To>
-void store_rows(const float* c, i64 rows, i64 cols, To* out, i64 ld) {
-  for (i64 row = 0; row < rows; ++row, c += kPanel, out += ld)
-    for (i64 j = stream_lines(out, c, cols); j < cols; j += kLanes) write(out + j, load_as<VecF>(c + j), cols - j);
+void store_rows(const float* c, i64 tile, i64 rows, i64 cols, To* out, i64 ld) {
+  constexpr i64 kLine = 64 / sizeof(To);
+  for (i64 row = 0; row < rows; ++row, c += kPanel, out += ld) {
+    const auto at = [&](i64 col) { return load_as<VecF>(c + col / kPanel * tile + col % kPanel); };
+    i64 col = 0;
+    if (kStreams && reinterpret_cast<std::uintptr_t>(out) % 64 == 0)
+      for (; col + kLine <= cols; col += kLine) stream_line(out + col, [&](i64 j) { return at(col + j); });
+    for (; col < cols; col += kLanes) write(out + col, at(col), cols - col);
+  }
 }
 
-inline void store(const float* c, i64 rows, i64 cols, void* out, i64 ld, int dtype) {
+inline void store(const float* c, i64 tile, i64 rows, i64 cols, void* out, i64 ld, int dtype) {
   if (dtype == kF32)
-    store_rows(c, rows, cols, static_cast<float*>(out), ld);
+    store_rows(c, tile, rows, cols, static_cast<float*>(out), ld);
   else
-    store_rows(c, rows, cols, static_cast<BF16*>(out), ld);
+    store_rows(c, tile, rows, cols, static_cast<BF16*>(out), ld);
 }
 
 template <class E, class W>
