@@ -14,9 +14,9 @@ namespace moekit {
 namespace {
 
 constexpr i64 kRowsATime = 256;       // rows of A that pass one panel: their result stays in L2
-constexpr i64 kRowsATask = 512;       // rows of A that pass many panels
-constexpr i64 kSumBytes = 512 << 10;  // what they give stays in L2
-constexpr i64 kWordsATime = 128;      // rows of B, in words, that are packed at a time
+constexpr i64 kRowsATask = 1024;      // rows of A that pass many panels
+constexpr i64 kSumBytes = 1 << 20;    // what they give stays in L2
+constexpr i64 kWordsATime = 64;       // rows of B, in words, that are packed at a time
 constexpr i64 kTokensATask = 4096;
 constexpr i64 kOuterRows = 1152;      // rows of a weight's gradient in a task, which packs the other operand once
 constexpr i64 kOuterDepth = 512;      // rows of an expert that its operands hold at a time
