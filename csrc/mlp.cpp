@@ -17,7 +17,7 @@ constexpr i64 kRowsATime = 256;       // rows of A that pass one panel: their re
 constexpr i64 kRowsATask = 1024;      // rows of A that pass many panels
 constexpr i64 kSumBytes = 1 << 20;    // what they give stays in L2
 constexpr i64 kWordsATime = 64;       // rows of B, in words, that are packed at a time
-constexpr i64 kTokensATask = 4096;
+constexpr i64 kTokensATask = 4096;    // tokens whose sums a task keeps while it goes through the experts
 constexpr i64 kOuterRows = 1152;      // rows of a weight's gradient in a task, which packs the other operand once
 constexpr i64 kOuterDepth = 512;      // rows of an expert that its operands hold at a time
 constexpr i64 kAlone = 1 << 21;       // multiplications that one thread has done before others have begun
@@ -137,7 +137,7 @@ class Layer {
   void activate_backward(const Rows& grad, const void* pre_AG, const Rows& grad_pre, const Rows& weighted,
                          float* parts) const;
   using Add = std::function<void(i64 expert, i64 row, i64 rows, const Share& to)>;
-  size_t sum_bytes() const { return Workspace::size_of<float>(chunks(s_.hidden, p_.columns) * p_.columns * s_.tokens); }
+  i64 sums() const { return chunks(s_.hidden, p_.columns) * p_.columns * s_.tokens; }  // of all tokens, in panels
   void sum_by_token(Workspace& memory, void* out_TD, int dtype, const Add& add) const;
   void add_rows(const float* c, i64 row, i64 rows, i64 first, const float* weights, const void* bias_ED, i64 expert,
                 const Share& to) const;
@@ -226,10 +226,12 @@ void Layer::multiply_rows(const Rows& a, i64 r, i64 rows, const char* b, i64 ldb
 // out_t = Σ over the token's rows of what `add` adds. A task owns some columns of some tokens and goes through the
 // experts in order, so that nothing is shared and every sum has one order.
 void Layer::sum_by_token(Workspace& memory, void* out_TD, int dtype, const Add& add) const {
-  const i64 parts = chunks(s_.hidden, p_.columns), splits = chunks(s_.tokens, kTokensATask);
-  const i64 wide = std::max<i64>(1, chunks(parts, chunks(s_.threads, std::max<i64>(splits, 1)))) * p_.columns;
-  const i64 share = chunks(s_.tokens, std::max<i64>(splits, 1)), tasks = chunks(s_.hidden, wide);
-  float* const all = memory.take<float>(parts * p_.columns * s_.tokens);
+  const i64 parts = std::max<i64>(1, chunks(s_.hidden, p_.columns));
+  const i64 splits = std::max<i64>({1, chunks(s_.tokens, kTokensATask),
+                                    std::min(chunks(s_.threads, parts), chunks(s_.tokens, kRowsATime))});
+  const i64 wide = chunks(parts, chunks(s_.threads, splits)) * p_.columns;
+  const i64 share = chunks(s_.tokens, splits), tasks = chunks(s_.hidden, wide);
+  float* const all = memory.take<float>(sums());
   parallel_for(splits * tasks, s_.threads, [&](i64 i) {
     const Working working(p_);
     const i64 from = i / tasks * share, to = std::min(s_.tokens, from + share);
@@ -259,7 +261,8 @@ void Layer::add_rows(const float* c, i64 row, i64 rows, i64 first, const float* 
 
 void Layer::forward(void* out_TD, void* pre_AG) {
   const i64 inner = s_.inner.inner;
-  Workspace memory(bytes_of(order_.rows(), s_.hidden) + bytes_of(order_.rows(), inner) + sum_bytes());
+  Workspace memory(bytes_of(order_.rows(), s_.hidden) + bytes_of(order_.rows(), inner) +
+                   Workspace::size_of<float>(sums()));
   const Rows hidden = new_rows(memory, order_.rows(), inner);
   activate(gather(memory, in_.x_TD, s_.dtype), hidden, pre_AG);
   sum_by_token(memory, out_TD, s_.out_dtype, [&](i64 expert, i64 from, i64 count, const Share& to) {
@@ -383,7 +386,7 @@ void Layer::backward(const void* grad_TD, const void* pre_AG, const MlpGradients
   const i64 rows = order_.rows(), inner = s_.inner.inner, width = s_.inner.width(), hidden = s_.hidden;
   const i64 parts = chunks(inner, p_.columns);
   Workspace memory(2 * bytes_of(rows, hidden) + bytes_of(rows, width) + bytes_of(rows, inner) +
-                   Workspace::size_of<float>(rows * parts) + sum_bytes());
+                   Workspace::size_of<float>(rows * parts) + Workspace::size_of<float>(sums()));
   const Rows grad = gather(memory, grad_TD, s_.out_dtype);
   Rows grad_pre, weighted;
   if (out.x_TD || out.in_proj_EGD || out.in_bias_EG) grad_pre = new_rows(memory, rows, width);
