@@ -81,13 +81,13 @@ struct Panels {
   void (*turn)(const void* rows, i64 ld, i64 first, i64 m, i64 k, void* words, i64 words_ld);
   // Bias, activation: c, whose panels lie `tile` numbers apart, to `hidden` rows and, unless null, to pre-activations
   // in elements.
-  void (*activate)(const float* c, i64 tile, i64 rows, i64 first, i64 cols, const void* bias_G, void* pre, void* hidden,
-                   i64 hidden_ld, const Inner& inner);
+  void (*activate)(const float* c, i64 tile, i64 rows, i64 first, i64 cols, const void* bias_G, void* pre,
+                   void* hidden, i64 hidden_ld, const Inner& inner);
   // c is the gradient of the hidden rows before their weights: grad_pre = its share with them, weighted_hidden, and
   // grad_weight += Σ c · hidden; each may be null.
   void (*activate_backward)(const float* c, i64 tile, i64 rows, i64 first, i64 cols, const void* pre,
-                            const float* weights, void* grad_pre, i64 grad_ld, void* weighted_hidden, i64 hidden_ld, float* grad_weight,
-                            i64 grad_weight_ld, const Inner& inner);
+                            const float* weights, void* grad_pre, i64 grad_ld, void* weighted_hidden, i64 hidden_ld,
+                            float* grad_weight, i64 grad_weight_ld, const Inner& inner);
   // acc[place[r] - from] += weights[r] · (c[r] + bias); weights and bias may be null.
   void (*add_to_tokens)(const float* c, i64 rows, const i64* place, i64 from, const float* weights, const void* bias,
                         i64 cols, float* acc);

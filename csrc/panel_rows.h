@@ -135,8 +135,8 @@ void activate(const float* c, i64 tile, i64 rows, i64 first, i64 cols, const voi
 
 template <class E, class W>
 void activate_backward(const float* c, i64 tile, i64 rows, i64 first, i64 cols, const void* pre,
-                       const float* weights, void* grad_pre, i64 grad_ld, void* weighted, i64 hidden_ld, float* grad_weight,
-                       i64 grad_weight_ld, const Inner& inner) {
+                       const float* weights, void* grad_pre, i64 grad_ld, void* weighted, i64 hidden_ld,
+                       float* grad_weight, i64 grad_weight_ld, const Inner& inner) {
   using R = typename Word<W>::Element;
   with_inner(inner, [&](auto act, auto gated) {
     activate_rows_backward<E, R, act.value, gated.value>(
