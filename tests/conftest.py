@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from hypothesis import settings
 # No deadlines: a busy machine is not a bug. CI draws the same examples every time.
 settings.register_profile("moekit", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("moekit")
+
+# A script's background job starts with Ctrl-C ignored, which it and its children would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
