@@ -137,7 +137,7 @@ class Layer {
   void activate_backward(const Rows& grad, const void* pre_AG, const Rows& grad_pre, const Rows& weighted,
                          float* parts) const;
   using Add = std::function<void(i64 expert, i64 row, i64 rows, const Share& to)>;
-  i64 sums() const { return chunks(s_.hidden, p_.columns) * p_.columns * s_.tokens; }  // of all tokens, in panels
+  i64 token_sums() const { return chunks(s_.hidden, p_.columns) * p_.columns * s_.tokens; }  // of all tokens, in panels
   void sum_by_token(Workspace& memory, void* out_TD, int dtype, const Add& add) const;
   void add_rows(const float* c, i64 row, i64 rows, i64 first, const float* weights, const void* bias_ED, i64 expert,
                 const Share& to) const;
@@ -231,21 +231,22 @@ void Layer::sum_by_token(Workspace& memory, void* out_TD, int dtype, const Add& 
                                     std::min(chunks(s_.threads, parts), chunks(s_.tokens, kRowsATime))});
   const i64 wide = chunks(parts, chunks(s_.threads, splits)) * p_.columns;
   const i64 share = chunks(s_.tokens, splits), tasks = chunks(s_.hidden, wide);
-  float* const all = memory.take<float>(sums());
+  float* const all = memory.take<float>(token_sums());
   parallel_for(splits * tasks, s_.threads, [&](i64 i) {
     const Working working(p_);
     const i64 from = i / tasks * share, to = std::min(s_.tokens, from + share);
     if (from >= to) return;
-    const i64 first = i % tasks * wide, end = std::min(s_.hidden, first + wide), tile = (to - from) * p_.columns;
-    const Share mine{from, first, end, tile, all + from * parts * p_.columns + first * (to - from)};
-    std::memset(mine.sums, 0, chunks(end - first, p_.columns) * tile * 4);
+    const i64 first = i % tasks * wide, end = std::min(s_.hidden, first + wide);
+    float* const sums = all + from * parts * p_.columns + first * (to - from);
+    const Share mine{from, first, end, (to - from) * p_.columns, sums};
+    std::memset(sums, 0, chunks(end - first, p_.columns) * mine.tile * 4);
     for (i64 e = 0; e < s_.experts; ++e) {
       const auto begin = order_.tokens.begin() + order_.first[e], last = order_.tokens.begin() + order_.first[e + 1];
       const i64 r0 = std::lower_bound(begin, last, from) - order_.tokens.begin();
       const i64 r1 = std::lower_bound(begin, last, to) - order_.tokens.begin();
       if (r0 < r1) add(e, r0, r1 - r0, mine);
     }
-    p_.store(mine.sums, tile, to - from, end - first,
+    p_.store(sums, mine.tile, to - from, end - first,
              static_cast<char*>(out_TD) + (from * s_.hidden + first) * static_cast<i64>(element_size(dtype)), s_.hidden,
              dtype);
   });
@@ -262,7 +263,7 @@ void Layer::add_rows(const float* c, i64 row, i64 rows, i64 first, const float* 
 void Layer::forward(void* out_TD, void* pre_AG) {
   const i64 inner = s_.inner.inner;
   Workspace memory(bytes_of(order_.rows(), s_.hidden) + bytes_of(order_.rows(), inner) +
-                   Workspace::size_of<float>(sums()));
+                   Workspace::size_of<float>(token_sums()));
   const Rows hidden = new_rows(memory, order_.rows(), inner);
   activate(gather(memory, in_.x_TD, s_.dtype), hidden, pre_AG);
   sum_by_token(memory, out_TD, s_.out_dtype, [&](i64 expert, i64 from, i64 count, const Share& to) {
@@ -386,7 +387,7 @@ void Layer::backward(const void* grad_TD, const void* pre_AG, const MlpGradients
   const i64 rows = order_.rows(), inner = s_.inner.inner, width = s_.inner.width(), hidden = s_.hidden;
   const i64 parts = chunks(inner, p_.columns);
   Workspace memory(2 * bytes_of(rows, hidden) + bytes_of(rows, width) + bytes_of(rows, inner) +
-                   Workspace::size_of<float>(rows * parts) + Workspace::size_of<float>(sums()));
+                   Workspace::size_of<float>(rows * parts) + Workspace::size_of<float>(token_sums()));
   const Rows grad = gather(memory, grad_TD, s_.out_dtype);
   Rows grad_pre, weighted;
   if (out.x_TD || out.in_proj_EGD || out.in_bias_EG) grad_pre = new_rows(memory, rows, width);
