@@ -9,6 +9,7 @@
 #include "ops.h"
 #include "quant_ops.h"
 #include "stream.h"
+#include "top_k.h"
 #include "workspace.h"
 
 namespace nb = nanobind;
@@ -48,6 +49,10 @@ void quant_layer(Address x, Address ids, Address weights, Address gate_up, Addre
   quant_moe(pointer<const float>(x), pointer<const i64>(ids), pointer<const float>(weights),
             {pointer<const i64>(gate_up)}, {pointer<const i64>(down)}, pointer<float>(out),
             {tokens, top_k, experts, hidden, inner, gated, activation, threads, add});
+}
+
+void choose(Address scores, Address ids, i64 tokens, i64 experts, i64 k, int threads) {
+  top_k(pointer<const float>(scores), pointer<i64>(ids), tokens, experts, k, threads);
 }
 
 // ---- decoding: layers are described once, in numbers, and then called with what changes -------------------------
@@ -179,6 +184,7 @@ NB_MODULE(_native, m) {
   m.def("moe_decode", decode, Free());
   m.def("quant_grouped_mm", quant_product, Free());
   m.def("quant_moe", quant_layer, Free());
+  m.def("top_k", choose, Free());
   bind_decode(m);
   m.def("moe_mlp", mlp);
   m.def("moe_mlp_backward", mlp_backward);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "parallel.h"
+#include "top_k.h"
 #include "workspace.h"
 
 namespace moekit {
@@ -223,9 +224,6 @@ struct Heads {
 
 // ---- MLP ------------------------------------------------------------------------------------------------------
 
-// A NaN counts as larger than everything, as when PyTorch sorts.
-bool before(float a, float b) { return a > b || (std::isnan(a) && !std::isnan(b)); }
-
 void softmax(float* x, i64 size) {
   const float most = *std::max_element(x, x + size);
   float total = 0.0f;
@@ -237,14 +235,7 @@ void softmax(float* x, i64 size) {
 void choose(const TopK& router, const Routes& routes, float* probs_E) {
   const i64 experts = router.weight.rows;
   std::copy_n(routes.logits_E, experts, probs_E);
-  for (i64 k = 0; k < router.top_k; ++k) {
-    i64 best = -1;
-    for (i64 e = 0; e < experts; ++e) {
-      const bool taken = std::find(routes.ids_K, routes.ids_K + k, e) != routes.ids_K + k;
-      if (!taken && (best < 0 || before(probs_E[e], probs_E[best]))) best = e;
-    }
-    routes.ids_K[k] = best;
-  }
+  top_k(probs_E, experts, router.top_k, routes.ids_K);
   if (router.softmax_first) softmax(probs_E, experts);
   float* weights = routes.weights_K;
   for (i64 k = 0; k < router.top_k; ++k) weights[k] = probs_E[routes.ids_K[k]];

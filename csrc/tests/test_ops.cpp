@@ -1,9 +1,14 @@
 // The ops on every instruction set of this machine against plain loops in double: no Python, no PyTorch, so that
 // sanitizers and emulators can run it. Every array is a heap block of exactly its size, filled with NaN: a read or
 // write past its end is AddressSanitizer's, an element that nobody wrote is a failure.
+#include <algorithm>
+#include <array>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <memory>
+#include <numeric>
 #include <random>
 #include <sstream>
 #include <stdexcept>
@@ -12,6 +17,7 @@
 
 #include "arrays.h"
 #include "ops.h"
+#include "top_k.h"
 #include "workspace.h"
 
 namespace {
@@ -225,6 +231,31 @@ void test_decode() {
           test_one_decode({tokens, top_k, experts, hidden, inner, gated, activation, dtype, 1});
 }
 
+// ---- choice ----------------------------------------------------------------------------------------------------
+
+void test_top_k() {
+  std::mt19937 random(3);
+  const float nan = std::nanf(""), values[] = {0.0f, -0.0f, 1.0f, 2.0f, -1.0f, HUGE_VALF, -HUGE_VALF, nan};
+  for (const auto& [tokens, experts, k] : {std::array<i64, 3>{0, 4, 2}, {3, 1, 0}, {5, 1, 1}, {9, 7, 7}, {700, 64, 8},
+                                           {40, 300, 32}, {40, 300, 33}, {3, 20000, 500}}) {
+    const std::unique_ptr<float[]> scores(new float[tokens * experts]);
+    for (i64 i = 0; i < tokens * experts; ++i) scores[i] = values[random() % 8];
+    const std::unique_ptr<i64[]> ids(new i64[tokens * k]);
+    top_k(scores.get(), ids.get(), tokens, experts, k, 2);
+    bool right = true;
+    for (i64 t = 0; t < tokens; ++t) {
+      const float* const row = scores.get() + t * experts;
+      std::vector<i64> want(experts);
+      std::iota(want.begin(), want.end(), i64{0});
+      std::stable_sort(want.begin(), want.end(), [&](i64 a, i64 b) {
+        return std::isnan(row[a]) ? !std::isnan(row[b]) : row[a] > row[b];
+      });
+      right = right && std::equal(ids.get() + t * k, ids.get() + (t + 1) * k, want.begin());
+    }
+    check(right, "top_k of " + std::to_string(experts) + " K" + std::to_string(k), "not the largest in order");
+  }
+}
+
 // ---- memory that is handed out and comes back ------------------------------------------------------------------
 
 void test_arrays() {
@@ -269,6 +300,7 @@ int main() {
   test_grouped();
   test_decode();
   test_mlp();
+  test_top_k();
   test_arrays();
   test_refusals();
   for (const std::string& isa : available_isas()) std::printf("%s ", isa.c_str());

@@ -129,7 +129,7 @@ def test_explain_tells_every_op_and_agrees_with_the_choice():
     for choice in explanation[:-1]:
         dtype = getattr(torch, choice.dtype)
         if choice.op == "decode step":
-            assert (choice.backend == "cpu") == (select.step_obstacle(CPU, dtype) is None)
+            assert (choice.backend == "cpu") == (select.native_obstacle(CPU, dtype) is None)
             continue
         assert choice.backend == select.choose(choice.op, CPU, dtype, rows=choice.rows_an_expert, experts=1)
         assert choice.reason

@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F
 from twins import TWINS, tokens, write
 
+from moekit import kernels
 from moekit.errors import ConfigError, ContextLengthError
 from moekit.models import KVCache, load_decoder
 from moekit.moe import TopKRouter
-from moekit.moe.router import top
 from tolerances import near
 
 
@@ -102,7 +102,7 @@ def test_recomputing_follows_the_recorded_routes(decoder, checkpointing, monkeyp
 
     def spy(router, *args):
         routing = original(router, *args)
-        seen.append((routing.expert_ids_TK, top(routing.logits_TE, routing.top_k)))
+        seen.append((routing.expert_ids_TK, kernels.top_k(routing.logits_TE, routing.top_k)))
         return routing
 
     monkeypatch.setattr(TopKRouter, "forward", spy)

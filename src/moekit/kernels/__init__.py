@@ -1,6 +1,6 @@
 """The ops that experts are made of, in the fastest backend that is correct here; `explain()` says which."""
 
-from moekit.kernels.autograd import grouped_mm, grouped_mm_transposed, grouped_outer, moe_decode
+from moekit.kernels.autograd import grouped_mm, grouped_mm_transposed, grouped_outer, moe_decode, top_k
 from moekit.kernels.cpu import release_memory
 from moekit.kernels.linear import linear
 from moekit.kernels.mlp import moe_mlp
@@ -21,4 +21,5 @@ __all__ = [
     "moe_decode",
     "moe_mlp",
     "release_memory",
+    "top_k",
 ]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from moekit.errors import ConfigError
-from moekit.kernels import reference, select
+from moekit.kernels import cpu, reference, select
 
-__all__ = ["grouped_mm", "grouped_mm_transposed", "grouped_outer", "moe_decode"]
+__all__ = ["grouped_mm", "grouped_mm_transposed", "grouped_outer", "moe_decode", "top_k"]
 
 Gradients = tuple[Tensor | None, Tensor | None, None]
 
@@ -90,6 +90,27 @@ def moe_decode(
     return out
 
 
+def top_k(scores_TE: Tensor, k: int) -> Tensor:
+    """The numbers of the K largest scores of each row: the K best experts of a token; they have no gradient.
+
+    Args:
+        scores_TE: (T, E), any dtype.
+        k: 0 to E.
+    Returns:
+        (T, K) int64, the largest first; of equals the lower number first, and a NaN before everything.
+    Raises:
+        ConfigError: it is no matrix, or k does not fit.
+
+    >>> top_k(torch.tensor([[1.0, 3.0, 3.0, 2.0]]), 3).tolist()
+    [[1, 2, 3]]
+    """
+    _check_ranks("top_k", {"scores_TE": (scores_TE, 2)})
+    if not 0 <= k <= scores_TE.shape[1]:
+        raise ConfigError(f"top_k: k is {k}, but a row has {scores_TE.shape[1]} scores")
+    ids_TK: Tensor = _top_k(scores_TE, k)
+    return ids_TK
+
+
 @torch.library.custom_op("moekit::grouped_mm", mutates_args=())
 def _grouped_mm(rows_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
     return select.run("grouped_mm", counts_E.shape[0], rows_RI, weight_EOI, counts_E)
@@ -118,6 +139,12 @@ def _moe_decode(
     return select.run("moe_decode", down_proj_EDF.shape[0], *args)
 
 
+@torch.library.custom_op("moekit::top_k", mutates_args=())
+def _top_k(scores_TE: Tensor, k: int) -> Tensor:
+    native = select.native_obstacle(scores_TE.device, scores_TE.dtype) is None
+    return cpu.top_k(scores_TE, k) if native else reference.top_k(scores_TE, k)
+
+
 @_grouped_mm.register_fake
 def _(rows_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
     return rows_RI.new_empty(rows_RI.shape[0], weight_EOI.shape[1])
@@ -143,6 +170,11 @@ def _(
     activation: str,
 ) -> Tensor:
     return torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+
+
+@_top_k.register_fake
+def _(scores_TE: Tensor, k: int) -> Tensor:
+    return scores_TE.new_empty((scores_TE.shape[0], k), dtype=torch.int64)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:

@@ -38,6 +38,7 @@ __all__ = [
     "num_threads",
     "quant_products",
     "release_memory",
+    "top_k",
     "unavailable",
 ]
 
@@ -152,6 +153,14 @@ def moe_decode(
     sizes = (*expert_ids_TK.shape, experts, hidden, inner, in_proj_EGD.shape[1] == 2 * inner)
     _call("moe_decode", [*inputs, out_TD], (*sizes, ACTIVATIONS.index(activation)))
     return out_TD
+
+
+def top_k(scores_TE: Tensor, k: int) -> Tensor:
+    """See `reference.top_k`; fp32 or bf16 on the CPU."""
+    scores_TE = scores_TE.float().contiguous()
+    ids_TK = scores_TE.new_empty((scores_TE.shape[0], k), dtype=torch.int64)
+    call("top_k", [scores_TE, ids_TK], (*scores_TE.shape, k))
+    return ids_TK
 
 
 def linear_row(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:

@@ -24,6 +24,7 @@ __all__ = [
     "groups",
     "moe_decode",
     "moe_mlp",
+    "top_k",
 ]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -134,6 +135,15 @@ def moe_mlp(
         rows_ND = F.linear(hidden_NF, down_proj_EDF[expert], None if down_bias_ED is None else down_bias_ED[expert])
         out_TD = out_TD.index_add(0, tokens_N, rows_ND.to(wide) * weights_A[here_N].to(wide).unsqueeze(-1))
     return out_TD.to(out_dtype)
+
+
+def top_k(scores_TE: Tensor, k: int) -> Tensor:
+    """(T, K) int64: the numbers of each row's K largest scores, the largest first; of equals the lower number first.
+
+    A NaN comes before everything.
+    """
+    # A stable sort, because torch.topk leaves the order of equal values unspecified.
+    return scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k].contiguous()
 
 
 def groups(counts_E: Tensor, rows: int) -> list[tuple[int, int, int]]:

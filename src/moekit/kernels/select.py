@@ -33,8 +33,8 @@ __all__ = [
     "fast_bf16",
     "forced",
     "fuses_mlp",
+    "native_obstacle",
     "run",
-    "step_obstacle",
 ]
 
 BACKENDS: dict[str, Any] = {"reference": reference, "blas": blas, "cpu": cpu}
@@ -130,11 +130,11 @@ def run(op: str, experts: int, *args: Any) -> Tensor:
     return result
 
 
-def step_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a token cannot go through a block in native steps (kernels/steps.py), or None."""
+def native_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why what only the native kernels do cannot run here, such as a block in steps (kernels/steps.py), or None."""
     if _forced not in (None, "cpu"):
         return f"the {_forced} backend is forced"
-    return _native_obstacle(device, dtype)
+    return _cpu_obstacle(device, dtype)
 
 
 def fast_bf16(device: torch.device) -> bool:
@@ -168,7 +168,7 @@ def explain() -> Explanation:
                 backend, reason = _decide(op, torch.device("cpu"), dtype, rows, 1)
                 choices.append(Choice(op, str(dtype).removeprefix("torch."), rows, backend, reason))
     for dtype in (torch.float32, torch.bfloat16):
-        obstacle = step_obstacle(torch.device("cpu"), dtype)
+        obstacle = native_obstacle(torch.device("cpu"), dtype)
         reason = "forced" if _forced else obstacle or "one new token: a block in two native calls (models/steps.py)"
         backend = "reference" if obstacle else "cpu"
         choices.append(Choice("decode step", str(dtype).removeprefix("torch."), 1, backend, reason))
@@ -195,7 +195,7 @@ def _explain_quantised() -> tuple[str, str]:
 
 def _decide(op: str, device: torch.device, dtype: torch.dtype, rows: int, experts: int) -> tuple[str, str]:
     """(backend, reason)."""
-    obstacles = {"reference": None, "blas": _blas_obstacle(op, device, dtype), "cpu": _native_obstacle(device, dtype)}
+    obstacles = {"reference": None, "blas": _blas_obstacle(op, device, dtype), "cpu": _cpu_obstacle(device, dtype)}
     if _forced is not None:
         _check_name(_forced)
         if obstacles[_forced]:
@@ -214,7 +214,7 @@ def _decide(op: str, device: torch.device, dtype: torch.dtype, rows: int, expert
     return ("reference" if obstacles["blas"] else "blas"), reason
 
 
-def _native_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def _cpu_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the native kernels cannot run here, or None."""
     if device.type != "cpu":
         return f"the tensors are on {device.type}"

@@ -59,7 +59,7 @@ def obstacle(input_ids: Tensor, cache: KVCache | None, dtype: torch.dtype) -> st
         return "a gradient is wanted, or autocast is on"
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "every module has hooks"
-    return select.step_obstacle(input_ids.device, dtype)
+    return select.native_obstacle(input_ids.device, dtype)
 
 
 class DecoderSteps:
@@ -77,7 +77,7 @@ class DecoderSteps:
 
     def explain(self, layers: Iterable[nn.Module], dtype: torch.dtype) -> str:
         """How many blocks decode in native steps."""
-        if reason := select.step_obstacle(torch.device("cpu"), dtype):
+        if reason := select.native_obstacle(torch.device("cpu"), dtype):
             return f"decode: modules ({reason})"
         blocks = self._of(layers)
         found = [[kept.get(dtype) is not None for kept in block] for block in blocks]

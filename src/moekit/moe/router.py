@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moekit import kernels
 from moekit.config import GateOptions, GroupLimit, MoEConfig, SigmoidOptions, TopKOptions
 from moekit.moe.capacity import limit, slots_of
 from moekit.moe.replay import Decision, decided, next_decision
@@ -31,7 +32,6 @@ __all__ = [
     "only_groups",
     "picked",
     "softmax_by_token",
-    "top",
     "within_groups",
 ]
 
@@ -167,7 +167,7 @@ class Router(nn.Module):
 
     def _choose(self, gate_TE: Tensor, mask_T: Tensor | None, input_ids_T: Tensor | None) -> Choice:
         """The experts of each token, from detached gates."""
-        return Choice.regular(top(self._selection(gate_TE), self.config.top_k))
+        return Choice.regular(kernels.top_k(self._selection(gate_TE), self.config.top_k))
 
     def _weigh(self, gate_TE: Tensor, choice: Choice) -> Tensor:
         """(A,): the weight of each assignment, as if the choice were all there is."""
@@ -335,12 +335,6 @@ class SigmoidRouter(TopKRouter):
         return normalised(scores_A, choice, gate_TE.shape[0]) if self.config.norm_topk_prob else scores_A
 
 
-def top(scores_TE: Tensor, k: int) -> Tensor:
-    """(T, k): the k best experts of each token, best first; of equals the lower number."""
-    # A stable sort, because torch.topk leaves the order of equal values unspecified.
-    return scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-
-
 def within_groups(scores_TE: Tensor, groups: GroupLimit, top_k: int) -> Tensor:
     """The scores, −inf outside each token's `groups.chosen` best groups (2405.04434 §2.2.2, 2412.19437 §2.1.2).
 
@@ -350,7 +344,7 @@ def within_groups(scores_TE: Tensor, groups: GroupLimit, top_k: int) -> Tensor:
     scores_TGe = scores_TE.view(tokens, groups.groups, experts // groups.groups)
     best = max(1, top_k // groups.chosen) if groups.score == "sum" else 1
     group_TG = scores_TGe.topk(min(best, scores_TGe.shape[2]), dim=-1).values.sum(dim=-1)
-    return only_groups(scores_TGe, top(group_TG, groups.chosen))
+    return only_groups(scores_TGe, kernels.top_k(group_TG, groups.chosen))
 
 
 def only_groups(scores_TGe: Tensor, groups_Tg: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moekit import kernels
 from moekit.config import HierarchicalOptions, TopPOptions
-from moekit.moe.router import ROUTERS, Noise, Router, Scores, only_groups, top
+from moekit.moe.router import ROUTERS, Noise, Router, Scores, only_groups
 from moekit.moe.types import Choice, RoutingTotals
 
 __all__ = ["HierarchicalRouter", "TopPRouter"]
@@ -39,7 +40,7 @@ class TopPRouter(Router):
             self.threshold.add_(self.options.rate * distance).clamp_(0.01, 0.99)
 
     def _choose(self, gate_TE: Tensor, mask_T: Tensor | None, input_ids_T: Tensor | None) -> Choice:
-        regular = Choice.regular(top(gate_TE, self.config.top_k))
+        regular = Choice.regular(kernels.top_k(gate_TE, self.config.top_k))
         probs_TK = gate_TE.softmax(dim=-1).gather(1, regular.expert_ids_A.view(-1, self.config.top_k))
         # An expert is needed while those before it have not reached p.
         before_TK = probs_TK.cumsum(dim=-1) - probs_TK
@@ -74,7 +75,7 @@ class HierarchicalRouter(Router):
         tokens, each = gate_TE.shape[0], self.config.top_k // self.options.groups_per_token
         gate_TGe = self._by_group(gate_TE)
         groups_Tg = self._best_groups(gate_TGe)
-        inside_Tgk = top(gate_TGe.flatten(0, 1), each).view(tokens, self.options.groups, each)
+        inside_Tgk = kernels.top_k(gate_TGe.flatten(0, 1), each).view(tokens, self.options.groups, each)
         chosen_Tgk = inside_Tgk.gather(1, groups_Tg.unsqueeze(-1).expand(-1, -1, each))
         return Choice.regular((chosen_Tgk + groups_Tg.unsqueeze(-1) * gate_TGe.shape[2]).flatten(1))
 
@@ -88,7 +89,7 @@ class HierarchicalRouter(Router):
 
     def _best_groups(self, gate_TGe: Tensor) -> Tensor:
         """(T, g): the groups that a token goes to, by log p(group)."""
-        return top(gate_TGe.logsumexp(dim=-1), self.options.groups_per_token)
+        return kernels.top_k(gate_TGe.logsumexp(dim=-1), self.options.groups_per_token)
 
 
 def _log_product(logits: Tensor, groups: int) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moekit import kernels
 from moekit.config import HashOptions, SinkhornOptions
 from moekit.errors import ConfigError
-from moekit.moe.router import ROUTERS, Noise, Router, Scores, picked, top
+from moekit.moe.router import ROUTERS, Noise, Router, Scores, picked
 from moekit.moe.types import Choice
 
 __all__ = ["ExpertChoiceRouter", "HashRouter", "SinkhornRouter"]
@@ -32,7 +33,7 @@ class ExpertChoiceRouter(Router):
         if mask_T is not None:
             probs_TE, real = probs_TE.masked_fill(~mask_T.unsqueeze(-1), -torch.inf), int(mask_T.sum())
         takes = min(real, max(1, real * self.config.top_k // self.config.num_experts))
-        taken_EC = top(probs_TE.T, takes)
+        taken_EC = kernels.top_k(probs_TE.T, takes)
         taken_TE = torch.zeros_like(probs_TE, dtype=torch.bool).T.scatter(1, taken_EC, True).T
         tokens_A, experts_A = taken_TE.nonzero(as_tuple=True)  # in token order
         return Choice(tokens_A, experts_A, None)
@@ -68,7 +69,7 @@ class HashRouter(Router):
             raise ConfigError(f"router hash got {len(input_ids_T)} input_ids for {len(gate_TE)} tokens")
         experts_E = torch.arange(self.config.num_experts, device=input_ids_T.device)
         seeded_T = _mix(input_ids_T.long() + _mix(torch.tensor(self.options.seed, device=input_ids_T.device)))
-        return Choice.regular(top(_mix(seeded_T.unsqueeze(-1) + _mix(experts_E + 1)), self.config.top_k))
+        return Choice.regular(kernels.top_k(_mix(seeded_T.unsqueeze(-1) + _mix(experts_E + 1)), self.config.top_k))
 
     def _weigh(self, gate_TE: Tensor, choice: Choice) -> Tensor:
         held_T = torch.bincount(choice.token_ids_A, minlength=gate_TE.shape[0])
@@ -108,7 +109,7 @@ class SinkhornRouter(Router):
             scores_TE = gate_TE.clone()
             real_T = slice(None) if mask_T is None else mask_T
             scores_TE[real_T] = balanced(gate_TE[real_T], self.options.iterations)
-        return Choice.regular(top(scores_TE, self.config.top_k))
+        return Choice.regular(kernels.top_k(scores_TE, self.config.top_k))
 
 
 def balanced(logits_TE: Tensor, iterations: int) -> Tensor:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moekit import kernels
 from moekit.config import GShardOptions, GumbelOptions
 from moekit.moe.replay import Decision
-from moekit.moe.router import ROUTERS, Noise, Router, Scores, picked, softmax_by_token, top
+from moekit.moe.router import ROUTERS, Noise, Router, Scores, picked, softmax_by_token
 from moekit.moe.types import Choice, RoutingTotals
 
 __all__ = ["GShardRouter", "GumbelRouter", "NoisyTopKRouter"]
@@ -85,7 +86,7 @@ class GShardRouter(Router):
         self, scores: Scores, mask_T: Tensor | None, input_ids_T: Tensor | None, seed: int | None, sequences: int
     ) -> Decision:
         gate_TE = scores.gate_TE.detach()
-        pairs = Choice.regular(top(gate_TE, 2))
+        pairs = Choice.regular(kernels.top_k(gate_TE, 2))
         if seed is None:
             return self._limited(pairs, gate_TE, mask_T, seed, sequences)
         tokens = gate_TE.shape[0]

@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from moekit import kernels
 from moekit.config import SparseMixerOptions
 from moekit.moe.replay import Decision
-from moekit.moe.router import ROUTERS, Noise, Router, Scores, picked, top
+from moekit.moe.router import ROUTERS, Noise, Router, Scores, picked
 from moekit.moe.types import Choice, Routing
 
 __all__ = ["SparseMixerRouter", "SwitchRouter"]
@@ -69,7 +70,7 @@ class SparseMixerRouter(Router):
         self, scores: Scores, mask_T: Tensor | None, input_ids_T: Tensor | None, seed: int | None, sequences: int
     ) -> Decision:
         gate_TE = scores.gate_TE.detach()
-        ids_TK = top(gate_TE, 2) if seed is None else self._drawn(gate_TE, seed)[0]
+        ids_TK = kernels.top_k(gate_TE, 2) if seed is None else self._drawn(gate_TE, seed)[0]
         return self._limited(Choice.regular(ids_TK), gate_TE, mask_T, seed, sequences)
 
     def _drawn(self, gate_TE: Tensor, seed: int) -> tuple[Tensor, Tensor]:
