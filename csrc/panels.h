@@ -79,7 +79,7 @@ void pack_lanes(const E* b, i64 ldb, i64 cols, i64 k, W* out) {
     const i64 beyond = at + kAhead - k;  // the rows below follow
     const E* const ahead = beyond < 0 ? b + at + kAhead : b + kLanes * ldb + beyond;
     for (i64 i = 0; i < kLanes; ++i) {
-      __builtin_prefetch(ahead + i * ldb);
+      ask_ahead(ahead + i * ldb);
       if (i >= cols)
         v[i] = VecU{};
       else if (some == kWide)
@@ -133,7 +133,7 @@ void pack_rows(const void* b, i64 ldb, i64 first, i64 cols, i64 k, void* panels)
       W* const words_out = out + line / kPanel * panel_words + line % kPanel;
       for (i64 r = 0; r < some; r += kStep) {
         const E *row = rows + r * ldb, *next = r + kStep - 1 < some ? row + (kStep - 1) * ldb : nullptr;
-        for (i64 i = 0; i < kStep; ++i) __builtin_prefetch(ahead + (r + i) * ldb);
+        for (i64 i = 0; i < kStep; ++i) ask_ahead(ahead + (r + i) * ldb);
         for (i64 j = 0; j < kLine && j < kPanel; j += kLanes) {
           const i64 col = line + j;
           W* const place = words_out + r / kStep * kPanel + j;

@@ -71,8 +71,9 @@ struct Codes<4> : HalfScales {  // int4 asymmetric
 
 constexpr i64 kAhead = 1024;  // bytes between what is multiplied and what is prefetched
 
-// Asks for some lines. (GCC drops a call that does nothing else, unless it is inlined before GCC sees that.)
-template <int Bytes, int Locality = 3>
+// Asks for some lines, in L2 as `ask_ahead` does unless told otherwise. (GCC drops a call that does nothing else, unless
+// it is inlined before GCC sees that.)
+template <int Bytes, int Locality = 2>
 [[gnu::always_inline]] inline void prefetch(const unsigned char* at) {
   for (int line = 0; line < Bytes; line += 64) __builtin_prefetch(at + line, 0, Locality);
 }
@@ -146,7 +147,7 @@ inline void tile_of(const TileArgs& a, int first) {
         for (int s = 0; s < S; ++s, ahead[s - 1] += kBytes) prefetch<kBytes>(ahead[s]);
       } else {  // many tokens leave the time to bring the next strips near
         for (int s = 0; s < S; ++s) prefetch<kBytes, 2>(a.next[s] + (codes[s] - a.strips[s]));
-        prefetch<static_cast<int>(kRecord) * T>(record + 2 * kRecord * T);
+        prefetch<static_cast<int>(kRecord) * T, 3>(record + 2 * kRecord * T);
       }
       const unsigned char* scales = record + 32 * T + 4 * first;
       VecI acc[N][S][kParts];

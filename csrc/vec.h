@@ -42,6 +42,10 @@ inline V load_some(const void* p, long n, int element) {
   return v;
 }
 
+// Asks for a line that is read soon, in L2 only: of rows or strips a power of two apart, as weights are, a few fill the
+// sets of L1 that they share, and push each other's lines out before they are read.
+[[gnu::always_inline]] inline void ask_ahead(const void* line) { __builtin_prefetch(line, 0, 2); }
+
 inline VecU widen(VecH h) {
 #if defined(__AVX512F__)
   return (VecU)_mm512_cvtepu16_epi32((__m256i)h);

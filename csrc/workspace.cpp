@@ -27,24 +27,36 @@ struct Block {
 std::mutex guard;
 Block kept;
 
-// Fewer page faults while the memory is written for the first time.
-void prefer_large_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  const auto begin = reinterpret_cast<std::uintptr_t>(memory);
-  const auto whole = (begin + kLargePage - 1) / kLargePage * kLargePage;
-  if (begin + bytes < whole + kLargePage) return;
-  const size_t size = (begin + bytes - whole) / kLargePage * kLargePage;
-  madvise(reinterpret_cast<void*>(whole), size, MADV_HUGEPAGE);  // a wish: nothing is lost when it is refused
-#endif
-}
-
+// Large blocks come from the system and not from malloc, which may hand out memory that has small pages already; where
+// it can, the system gives these large pages: fewer faults while they are first written, fewer addresses to look up later.
 Block allocate(size_t bytes) {
   const size_t page = bytes < kLargePage ? 64 : kLargePage;
   const size_t size = (bytes + page - 1) / page * page;
-  char* memory = static_cast<char*>(std::aligned_alloc(page, size));
+#if defined(MADV_HUGEPAGE)
+  if (page == kLargePage) {
+    void* const all = mmap(nullptr, size + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (all == MAP_FAILED) throw std::bad_alloc();
+    char* const begin = static_cast<char*>(all);
+    const size_t before = (page - reinterpret_cast<std::uintptr_t>(begin) % page) % page;
+    if (before) munmap(begin, before);
+    munmap(begin + before + size, page - before);
+    madvise(begin + before, size, MADV_HUGEPAGE);  // a wish: nothing is lost when it is refused
+    return {begin + before, size};
+  }
+#endif
+  char* const memory = static_cast<char*>(std::aligned_alloc(page, size));
   if (!memory) throw std::bad_alloc();
-  prefer_large_pages(memory, size);
   return {memory, size};
+}
+
+void release(const Block& block) {
+#if defined(MADV_HUGEPAGE)
+  if (block.size >= kLargePage) {
+    munmap(block.memory, block.size);
+    return;
+  }
+#endif
+  std::free(block.memory);
 }
 
 // The largest size of those that may share a block: whole large pages, at most an eighth more than that.
@@ -75,7 +87,7 @@ Arrays& arrays() {
 
 struct Scratch {
   Block block;
-  ~Scratch() { std::free(block.memory); }
+  ~Scratch() { release(block); }
 };
 
 }  // namespace
@@ -97,7 +109,7 @@ Workspace::~Workspace() {
     const std::lock_guard lock(guard);
     if (kept.size < mine.size) std::swap(mine, kept);
   }
-  std::free(mine.memory);
+  release(mine);
 }
 
 void* Workspace::cut(size_t bytes) {
@@ -110,7 +122,7 @@ void* Workspace::cut(size_t bytes) {
 void* thread_scratch(size_t bytes) {
   thread_local Scratch mine;
   if (mine.block.size < bytes) {
-    std::free(mine.block.memory);
+    release(mine.block);
     mine.block = {};
     mine.block = allocate(bytes);
   }
@@ -127,7 +139,7 @@ void* take_array(size_t bytes) {
   all.most_used = std::max(all.most_used, all.used_bytes + size);
   if (!block.memory) {
     while (!all.kept.empty() && all.used_bytes + size + all.kept_bytes > all.most_used)
-      std::free(all.remove(all.kept.begin()).memory);
+      release(all.remove(all.kept.begin()));
     block = allocate(size);
   }
   all.used.emplace(block.memory, block);
@@ -150,7 +162,7 @@ void give_back(void* array) {
 void release_arrays() {
   Arrays& all = arrays();
   const std::lock_guard lock(all.guard);
-  while (!all.kept.empty()) std::free(all.remove(all.kept.begin()).memory);
+  while (!all.kept.empty()) release(all.remove(all.kept.begin()));
   all.most_used = all.used_bytes;
 }
 
