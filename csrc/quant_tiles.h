@@ -175,10 +175,16 @@ inline void tile_of(const TileArgs& a, int first) {
         __builtin_memcpy(a.out + (first + t) * a.ld + s * kStrip + p * kLanes, &sums[t][s][p], sizeof(VecF));
 }
 
+// Tokens of T that pass together.
+constexpr int tokens_at_once(int tokens) {
+  int most = tokens < kTileTokens ? tokens : kTileTokens;
+  while (tokens % most) --most;
+  return most;
+}
+
 template <class C, int S, int T>
 void quant_tile(const TileArgs& a) {
-  constexpr int N = T < kTileTokens ? T : kTileTokens;
-  static_assert(T % N == 0);
+  constexpr int N = tokens_at_once(T);
   for (int first = 0; first < T; first += N) tile_of<C, S, T, N>(a, first);
 }
 
