@@ -82,7 +82,8 @@ void run_mlp(const Sparse& self, Address x, Address logits, Address ids, Address
 void begin_mlp(const Sparse& self, Address x, Address logits, Address ids, Address weights, i64 count, Address state,
                int threads) {
   mlp_begin(self, pointer<const float>(x),
-            {pointer<float>(logits), pointer<i64>(ids), pointer<float>(weights), count}, pointer<float>(state), threads);
+            {pointer<float>(logits), pointer<i64>(ids), pointer<float>(weights), count}, pointer<float>(state),
+            threads);
 }
 
 void hidden_mlp(const Sparse& self, Address ids, i64 count, const std::vector<i64>& slots, Address state,

@@ -72,8 +72,8 @@ struct Panels {
   // These two fill as many panels as there are columns for.
   void (*pack_elements)(const void* b, i64 ldb, i64 first, i64 cols, i64 k, void* panels);
   void (*pack_rows)(const void* b, i64 ldb, i64 first, i64 cols, i64 k, void* panels);
-  // c = A · panel, or += it. A row of A is `ld` words from the next. Memory must go on to a multiple of kRowStep rows in
-  // A and in c: what is read there adds to nothing else, what is written there means nothing.
+  // c = A · panel, or += it. A row of A is `ld` words from the next. Memory must go on to a multiple of kRowStep rows
+  // in A and in c: what is read there adds to nothing else, what is written there means nothing.
   void (*multiply)(const void* a, i64 ld, const void* panel, i64 rows, i64 words, float* c, bool add);
   // n numbers of `dtype` to a row.
   void (*to_row)(const void* from, int dtype, i64 n, void* row);

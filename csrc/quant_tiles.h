@@ -71,8 +71,8 @@ struct Codes<4> : HalfScales {  // int4 asymmetric
 
 constexpr i64 kAhead = 1024;  // bytes between what is multiplied and what is prefetched
 
-// Asks for some lines, in L2 as `ask_ahead` does unless told otherwise. (GCC drops a call that does nothing else, unless
-// it is inlined before GCC sees that.)
+// Asks for some lines, in L2 as `ask_ahead` does unless told otherwise. (GCC drops a call that does nothing else,
+// unless it is inlined before GCC sees that.)
 template <int Bytes, int Locality = 2>
 [[gnu::always_inline]] inline void prefetch(const unsigned char* at) {
   for (int line = 0; line < Bytes; line += 64) __builtin_prefetch(at + line, 0, Locality);
@@ -110,7 +110,8 @@ inline void multiply_block(Bytes const* codes, const unsigned char* q, int token
 }
 
 // Tokens from `first` on of the T of a record. For every row and token, in fp32 and in the order of the columns:
-//   sum ← sum + float(Σ q · (code - zero)) · (weight's scale · activation's scale)   and for minima   + m · (scale · Σ q)
+//   sum ← sum + float(Σ q · (code - zero)) · (weight's scale · activation's scale)
+//   and for minima   + m · (activation's scale · Σ q)
 template <class C, int S, int T, int N>
 inline void tile_of(const TileArgs& a, int first) {
   constexpr int kBytes = kBlock * kStrip * C::kBits / 8, kTable = C::kScaleBytes * kStrip;

@@ -31,7 +31,8 @@ Operand operand(const char* a, i64 stride, i64 words, char* copy) {
   if (words == whole * kTile) return {a, kTile * 4, stride};
   for (i64 r = 0; r < kTile; ++r, a += stride) {
     char* to = copy + r * kTile * 4;
-    for (i64 s = 0; s < whole; ++s, to += kTile * kTile * 4) _mm512_store_si512(to, _mm512_loadu_si512(a + s * kTile * 4));
+    for (i64 s = 0; s < whole; ++s, to += kTile * kTile * 4)
+      _mm512_store_si512(to, _mm512_loadu_si512(a + s * kTile * 4));
     _mm512_store_si512(to, _mm512_maskz_loadu_epi32((1u << words % kTile) - 1, a + whole * kTile * 4));
   }
   return {copy, kTile * kTile * 4, kTile * 4};

@@ -27,8 +27,8 @@ struct Block {
 std::mutex guard;
 Block kept;
 
-// Large blocks come from the system and not from malloc, which may hand out memory that has small pages already; where
-// it can, the system gives these large pages: fewer faults while they are first written, fewer addresses to look up later.
+// Large blocks come from the system and not from malloc, which may hand out memory that has small pages already. The
+// system gives these large pages where it can: fewer faults while they are first written, fewer addresses to look up.
 Block allocate(size_t bytes) {
   const size_t page = bytes < kLargePage ? 64 : kLargePage;
   const size_t size = (bytes + page - 1) / page * page;

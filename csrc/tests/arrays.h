@@ -98,7 +98,8 @@ constexpr double kExact = -1.0;  // whole numbers: no error is allowed before th
 constexpr double kSumLimit[] = {3e-6, 4e-3};
 
 // |got - want| <= limit * max|want|; a NaN belongs where the reference has one and nowhere else.
-inline void compare(const Array& got, const std::vector<double>& want, int dtype, double limit, const std::string& what) {
+inline void compare(const Array& got, const std::vector<double>& want, int dtype, double limit,
+                    const std::string& what) {
   double scale = 0.0;
   for (const double each : want)
     if (!std::isnan(each)) scale = std::max(scale, std::fabs(each));

@@ -20,6 +20,7 @@ from moekit.bench.peers import LlamaCpp
 from moekit.commands.samples import split_plays
 from moekit.config import MoEConfig, UpcycleConfig
 from moekit.models import GGUFFile, load_decoder, load_tokenizer, save_decoder, tokenizer_metadata, write_gguf
+from moekit.moe import TopKRouter
 from tolerances import near, rel
 
 pytestmark = [
@@ -162,8 +163,9 @@ def test_the_upcycled_sample_in_llama_cpp_and_in_transformers(samples, tmp_path)
 def test_the_upcycled_sample_after_training_written_by_the_command(samples, tmp_path):
     """What `moekit quickstart` leaves, after three steps on a play: bfloat16 in Mixtral's layout, then `moekit export`.
 
-    transformers agrees everywhere. llama.cpp is up to 4e-3 away at 5 of 256 positions; why is not known: they are not
-    those where two experts are nearest to a tie. On what the quickstart's 20 steps leave it agrees everywhere too.
+    Halves of a neuron group begin with equal router rows, and after three steps some scores are still equal, or nearer
+    than rounding: which expert then comes second is anybody's choice, and what follows in that text differs. So short
+    texts are compared, those without such a token.
     """
     moe, tokenizer = upcycle(load_decoder(samples / SAMPLE), UpcycleConfig()), load_tokenizer(samples / SAMPLE)
     optimizer, text = torch.optim.SGD(moe.parameters(), lr=0.05), Path(split_plays(samples)[0][0]).read_text()
@@ -177,23 +179,36 @@ def test_the_upcycled_sample_after_training_written_by_the_command(samples, tmp_
     del moe, optimizer, loss
     line = ["export", str(tmp_path / "moe"), str(tmp_path / "a.gguf"), "--to", "gguf", "--type", "f32"]
     assert cli.main(line) == 0
-    ids = held_out(samples, tokenizer, 256)
-    want = ours(load_decoder(tmp_path / "moe", torch.float32), ids)
-    got = theirs(tmp_path / "a.gguf", ids, cache="f32")
-    nearly_everywhere(got, want, ids)
+    texts = torch.tensor(held_out(samples, tokenizer, 512)).view(32, 16).tolist()
+    decoder = load_decoder(tmp_path / "moe", torch.float32)
+    clear = [(ids, want) for ids in texts for want, gap in [ours_and_gap(decoder, ids)] if gap > 1e-5]
+    print(f"{len(clear)} of {len(texts)} texts without a tie")
+    assert len(clear) >= 8
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "moe", dtype=torch.float32)
-    with torch.no_grad():
-        got = model(torch.tensor([ids])).logits[0]
-    report("transformers", got, want, ids)
-    torch.testing.assert_close(got, want, **near("llama.cpp F32"))
+    with LlamaCpp(tmp_path / "a.gguf", threads=2, context=16, cache="f32", repack=False) as peer, torch.no_grad():
+        for ids, want in clear:
+            for who, got in {
+                "llama.cpp": torch.from_numpy(peer.logits(ids)),
+                "transformers": model(torch.tensor([ids])).logits[0],
+            }.items():
+                report(who, got, want, ids)
+                torch.testing.assert_close(got, want, **near("llama.cpp F32"))
+                assert perplexity(got, ids) == pytest.approx(perplexity(want, ids), rel=rel("llama.cpp perplexity"))
 
 
-def nearly_everywhere(got, want, ids):
-    report("llama.cpp", got, want, ids)
-    apart = (got - want).abs().amax(dim=-1) > near("llama.cpp F32")["atol"]
-    print(f"{int(apart.sum())} of {len(ids)} positions are further apart than 1e-3")
-    assert apart.float().mean() < 0.05
-    assert perplexity(got, ids) == pytest.approx(perplexity(want, ids), rel=rel("llama.cpp perplexity"))
+def ours_and_gap(decoder, ids):
+    """Our logits, and how far any router's best expert not chosen is from the last one chosen, at the least."""
+    gaps = []
+
+    def look(router, _, routing):
+        scores_TE = routing.logits_TE.sort(dim=-1, descending=True).values
+        gaps.append((scores_TE[:, routing.top_k - 1] - scores_TE[:, routing.top_k]).min().item())
+
+    hooks = [each.register_forward_hook(look) for each in decoder.modules() if isinstance(each, TopKRouter)]
+    logits = ours(decoder, ids)
+    for hook in hooks:
+        hook.remove()
+    return logits, min(gaps)
 
 
 def agrees_in_transformers(folder, want, ids):
