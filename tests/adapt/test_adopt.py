@@ -88,6 +88,7 @@ def run(model, inputs):
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_losses_and_every_gradient_are_transformers_own(case, training):
+    torch.manual_seed(1)  # 0 draws a Switch model that amplifies rounding: transformers' own fp32 is 2e-5 from its fp64
     theirs = model_of(case).train(training)
     ours, inputs = to_moe(copy.deepcopy(theirs)), batch(case)
     layers = [part for part in ours.modules() if isinstance(part, Adopted)]

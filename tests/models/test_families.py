@@ -79,7 +79,11 @@ def test_transformers_loads_what_we_save(theirs, tmp_path):
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[name], expected[name]) for name in expected)
     again = reload(theirs, tmp_path / "ours")
-    assert torch.equal(again(ids).logits, theirs(ids).logits)
+    read, held = again.state_dict(), theirs.state_dict()
+    assert read.keys() == held.keys()
+    assert all(torch.equal(read[name], held[name]) for name in held)
+    # Not bit for bit: on some CPUs PyTorch's products depend on where in memory a tensor begins.
+    close(again(ids).logits, theirs(ids).logits)
     assert torch.equal(load_decoder(tmp_path / "ours")(ids).logits, ours(ids).logits)
 
 
