@@ -10,7 +10,7 @@
 namespace moekit {
 namespace {
 
-constexpr i64 kFew = 32;           // so many are kept in order while all pass; more are sorted
+constexpr i64 kFew = 32;               // so many are kept in order while all pass; more are sorted
 constexpr i64 kScoresATask = 1 << 14;  // about 20 µs
 
 bool before(float a, float b) { return a > b || (std::isnan(a) && !std::isnan(b)); }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moekit.errors import ConfigError
-from moekit.kernels import cpu, reference, select
+from moekit.kernels import reference, select
 
 __all__ = ["grouped_mm", "grouped_mm_transposed", "grouped_outer", "moe_decode", "top_k"]
 
@@ -141,8 +141,7 @@ def _moe_decode(
 
 @torch.library.custom_op("moekit::top_k", mutates_args=())
 def _top_k(scores_TE: Tensor, k: int) -> Tensor:
-    native = select.native_obstacle(scores_TE.device, scores_TE.dtype) is None
-    return cpu.top_k(scores_TE, k) if native else reference.top_k(scores_TE, k)
+    return select.run_anywhere("top_k", scores_TE, k)
 
 
 @_grouped_mm.register_fake

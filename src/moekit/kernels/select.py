@@ -35,6 +35,7 @@ __all__ = [
     "fuses_mlp",
     "native_obstacle",
     "run",
+    "run_anywhere",
 ]
 
 BACKENDS: dict[str, Any] = {"reference": reference, "blas": blas, "cpu": cpu}
@@ -127,6 +128,14 @@ def run(op: str, experts: int, *args: Any) -> Tensor:
     rows: Tensor = args[0]
     backend = choose(op, rows.device, rows.dtype, rows.shape[0], experts)
     result: Tensor = getattr(BACKENDS[backend], op)(*args)
+    return result
+
+
+def run_anywhere(op: str, *args: Any) -> Tensor:
+    """The same for an op whose result is one and the same on every backend, so that none is refused: on the native
+    kernels where they can run and no other is forced, else the reference."""
+    backend = cpu if native_obstacle(args[0].device, args[0].dtype) is None else reference
+    result: Tensor = getattr(backend, op)(*args)
     return result
 
 
