@@ -147,7 +147,7 @@ inline void tile_of(const TileArgs& a, int first) {
           for (int s = 0; s < S; ++s) ahead[s] = a.next[s];
         for (int s = 0; s < S; ++s, ahead[s - 1] += kBytes) prefetch<kBytes>(ahead[s]);
       } else {  // many tokens leave the time to bring the next strips near
-        for (int s = 0; s < S; ++s) prefetch<kBytes, 2>(a.next[s] + (codes[s] - a.strips[s]));
+        for (int s = 0; s < S; ++s) prefetch<kBytes>(a.next[s] + (codes[s] - a.strips[s]));
         prefetch<static_cast<int>(kRecord) * T, 3>(record + 2 * kRecord * T);
       }
       const unsigned char* scales = record + 32 * T + 4 * first;

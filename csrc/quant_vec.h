@@ -8,8 +8,8 @@ namespace {
 constexpr int kParts = 16 / kLanes;
 typedef std::uint8_t VecB __attribute__((vector_size(kLanes * 4)));  // four codes of each row
 
-// Strips, and tokens that pass two of them: their sums over all blocks and over one stay in registers. (12 tokens: 5 %
-// slower, whatever is decoded twice for 6.)
+// Strips, and tokens that pass two of them: their sums over all blocks and over one stay in registers, which
+// with 12 tokens they do not.
 #if defined(__AVX512F__)
 constexpr int kTileStrips = 4, kTileTokens = 6;
 #else
